@@ -1,0 +1,349 @@
+"""A masked diffusion language model in one file, from the leaves to the root: config, norm, rotary positions, attention,
+MLP, block, model; then the loss it is trained with, the checkpoint file, and the tokenizer that travels inside it.
+
+The network is LLaDA's (arXiv 2502.09992): a Llama-style transformer without the causal mask. Every position sees every
+other one, and the logits at a position predict the token at that position (no shift). One thing is unusual, and all of
+dkv_min.py rests on it: forward() runs only the positions it is given, and finds the keys and values of all others in a cache.
+
+Letters in shapes: B rows, T positions in all, n positions run now, m positions that need logits, C width (n_embd),
+nh heads, nkv key/value heads, hs head size, V rows of the embedding (vocab_size).
+"""
+import base64
+import dataclasses
+import math
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass
+from functools import partial
+
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the network
+
+@dataclass
+class Config:
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 4           # fewer than n_head: grouped-query attention
+    n_embd: int = 256
+    n_ff: int = 688              # hidden width of the MLP
+    vocab_size: int = 1024       # rows of the embedding and of the head
+    n_vocab: int = 1024          # ids below this may be emitted (the mask never is); the rest are rows without a token
+    max_len: int = 256           # prompt and generated tokens together
+    mask_id: int = 0
+    eos_id: int | None = None    # ends a text, and fills the rest of the answer
+    eot_id: int | None = None    # ends a turn of a chat; many models have none
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    def fault(self):
+        """What is wrong with these numbers, in words, or None. A config may come from somebody else's file."""
+        for f in dataclasses.fields(self):
+            v = getattr(self, f.name)
+            if v is None and f.name in ("eos_id", "eot_id"):
+                continue
+            kind = (int, float) if f.type is float else f.type if isinstance(f.type, type) else int
+            if not isinstance(v, kind) or (isinstance(v, bool) and f.type is not bool):
+                return f"{f.name} has the wrong type: {v!r}"
+            low = 0 if f.name.endswith("_id") or f.name == "qkv_bias" else 1e-12 if isinstance(v, float) else 1
+            if not low <= v < 2**31:
+                return f"{f.name} is out of range: {v!r}"
+            if f.name.endswith("_id") and v >= self.vocab_size:
+                return f"{f.name} {v} is not below vocab_size {self.vocab_size}"
+        if self.n_embd % self.n_head or self.head_dim % 2:
+            return f"n_embd {self.n_embd} does not split into {self.n_head} heads of even size"
+        if self.n_head % self.n_kv_head:
+            return f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}"
+        if self.n_vocab > self.vocab_size:
+            return f"n_vocab {self.n_vocab} is above vocab_size {self.vocab_size}"
+        return None
+
+
+# LLaDA-8B is this setting: 8,015,581,184 parameters. Ids from 126349 on are rows of the embedding without a token.
+LLADA_8B = Config(n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, n_ff=12288, vocab_size=126464, n_vocab=126349,
+                  max_len=4096, mask_id=126336, eos_id=126081, eot_id=126348, rope_theta=500000.0, norm_eps=1e-5)
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def gather_rows(x, rows):
+    """Picks positions: x (B, n, d), rows (B, m) -> (B, m, d)."""
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, n, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n))
+        self.eps = eps
+
+    def forward(self, x):
+        y = at_least_float32(x)
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rope_angles(pos, head_dim, theta):
+    """Angles of the given positions, pos (B, n) -> (B, n, hs) float32. Computed afresh in every forward (once, not once a
+    layer): there is no table to store, to move to a device or to outgrow."""
+    inv_freq = theta ** -(torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)
+    half = pos[..., None].float() * inv_freq
+    return torch.cat([half, half], dim=-1)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions, half-split layout: dimension i is paired with i + hs/2. x (B, n, heads, hs), cos, sin (B, n, hs)."""
+    y = at_least_float32(x)
+    a, b = y.chunk(2, dim=-1)
+    return (y * cos[:, :, None] + torch.cat([-b, a], dim=-1) * sin[:, :, None]).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        kv_width = config.n_kv_head * config.head_dim
+        self.q = nn.Linear(config.n_embd, config.n_embd, bias=config.qkv_bias)
+        self.k = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.v = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.o = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.grouped = config.n_kv_head != config.n_head
+
+    def forward(self, x, queries, rope, query_rope, mask, store):
+        """x (B, n, C) gives keys and values, queries (B, m, C) ask; store puts K, V (B, nkv, n, hs) into the cache and
+        returns all that is attended (B, nkv, T, hs). Never causal."""
+        k = rotate(self.k(x).unflatten(-1, (-1, self.head_dim)), *rope).transpose(1, 2)            # (B, nkv, n, hs)
+        v = self.v(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                           # (B, nkv, n, hs)
+        q = rotate(self.q(queries).unflatten(-1, (-1, self.head_dim)), *query_rope).transpose(1, 2)  # (B, nh, m, hs)
+        k, v = store(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)        # (B, nh, m, hs)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.n_ff, bias=False)
+        self.up = nn.Linear(config.n_embd, config.n_ff, bias=False)
+        self.down = nn.Linear(config.n_ff, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, mask, store, rows=None):
+        h = queries = self.attn_norm(x)
+        query_rope = rope
+        if rows is not None:  # every position gives keys and values, but only these rows go on
+            x, queries = gather_rows(x, rows), gather_rows(h, rows)
+            query_rope = [gather_rows(r, rows) for r in rope]
+        x = x + self.attn(h, queries, rope, query_rope, mask, store)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class DiffusionLM(nn.Module):
+    """The masked diffusion transformer. `extra` is a dict of plain values that travels with a checkpoint: the toy's
+    sampling defaults and held-out problems."""
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.extra = {}
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        for name, p in self.named_parameters():
+            if name.endswith(("o.weight", "down.weight")):  # GPT-2's scaling of what is added to the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif name.endswith(".bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, tokens, pos=None, cache=None, rows=None, pad=None):
+        """Runs the given positions and returns logits.
+
+        tokens (B, n) int64     ids of the active positions
+        pos    (B, n) int64     where they stand in the sequence; None means 0..n-1
+        cache  KVCache | None   K/V of all T positions: written at pos, attended over whole; None: attend to these n alone
+        rows   (B, m) int64     which of the n rows need logits; None means all
+        pad    (B,) int64       left padding of each row: its first pad positions are never attended, and rotary
+                                positions count from behind them, so that a padded row computes what it would alone
+        -> (B, m, V), in the dtype of the weights
+        """
+        B, n = tokens.shape
+        assert pos is None or pos.shape == (B, n), f"pos: got {tuple(pos.shape)}, expected {(B, n)}"
+        assert rows is None or rows.shape[0] == B, f"rows: got {tuple(rows.shape)}, expected ({B}, m)"
+        where = torch.arange(n, device=tokens.device)[None] if pos is None else pos                 # (B or 1, n)
+        mask = None
+        if pad is not None:
+            keys = where if cache is None else torch.arange(cache.T, device=tokens.device)[None]    # what is attended
+            mask = (keys >= pad[:, None])[:, None, None, :]                                         # (B, 1, 1, T)
+            where = (where - pad[:, None]).clamp(min=0)
+        angles = rope_angles(where, self.config.head_dim, self.config.rope_theta)
+        rope = [r.expand(B, -1, -1) for r in (angles.cos(), angles.sin())]                          # (B, n, hs) each
+        x = self.wte(tokens)                                                                        # (B, n, C)
+        for i, block in enumerate(self.blocks):
+            store = partial(cache.update, i, pos) if cache is not None else lambda k, v: (k, v)
+            # after the last layer nobody attends: only the rows that need logits have to get through it
+            x = block(x, rope, mask, store, rows if i == len(self.blocks) - 1 else None)
+        return self.head(self.norm(x))                                                              # (B, m, V)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loss
+
+def diffusion_noise(frozen, eps=1e-3, generator=None):
+    """Draws the masks of one training step: per row t is uniform in (0, 1], each token is masked with p = (1-eps)t + eps
+    (LLaDA, arXiv 2502.09992, section 2; its GUIDELINES.md).
+
+    frozen (B, T) bool: positions that are never masked, the prompt and the padding. None frozen is the pretraining form.
+    -> masked (B, T) bool, weight (B, T) float32: 1/p, over the row's free positions, over B
+    """
+    B, T = frozen.shape
+    t = 1 - torch.rand(B, 1, device=frozen.device, generator=generator)
+    p = (1 - eps) * t + eps
+    masked = (torch.rand(B, T, device=frozen.device, generator=generator) < p) & ~frozen
+    free = (~frozen).sum(1, keepdim=True).clamp(min=1)  # the length of the answer, EOS padding counted
+    return masked, (1 / (p * free * B)).expand(B, T)
+
+
+def diffusion_loss(model, tokens, masked, weight, pad=None):
+    """Cross entropy of the masked tokens, each times its weight, summed: an upper bound of the negative log likelihood in
+    nats per token, if masks and weights come from diffusion_noise. tokens (B, T) int64 -> () float32."""
+    logits = model(tokens.masked_fill(masked, model.config.mask_id), pad=pad)
+    ce = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+    return (ce * weight * masked).sum()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the tokenizer
+
+class Tokenizer:
+    """Byte-level BPE by tiktoken, built from what lies in the checkpoint; nothing is ever downloaded.
+
+    ranks: {bytes: id}, ids in the order of the merges; pattern: the regex that cuts text into pieces first;
+    special: {text: id} of the tokens that no text spells (mask, end of text, ...).
+    """
+    def __init__(self, ranks, pattern, special):
+        missing = [b for b in range(256) if bytes([b]) not in ranks]
+        ids = [*ranks.values(), *special.values()]
+        if missing or len(set(ids)) < len(ids):
+            raise ValueError(f"the tokenizer lacks the single bytes {missing[:4]}" if missing else "two tokens of the tokenizer share an id")
+        self.ranks, self.pattern, self.special = ranks, pattern, special
+        self.encoding = tiktoken.Encoding("dkv-min", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.bytes = {i: b for b, i in ranks.items()} | {i: s.encode() for s, i in special.items()}
+
+    def encode(self, text):
+        """str -> list of ids. Text that spells a special token is text."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        """Ids -> str. Never raises: unknown ids give nothing, bytes that are no UTF-8 give U+FFFD."""
+        return b"".join(self.bytes.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
+
+    def state(self):
+        """What a checkpoint keeps: plain strings and ints. Ranks are lines of `base64 id`, as in tiktoken's own files."""
+        lines = "".join(f"{base64.b64encode(b).decode()} {i}\n" for b, i in self.ranks.items())
+        return {"ranks": lines, "pattern": self.pattern, "special": self.special}
+
+    @classmethod
+    def from_state(cls, state):
+        pairs = (line.split() for line in state["ranks"].splitlines())
+        return cls({base64.b64decode(b): int(i) for b, i in pairs}, state["pattern"], dict(state["special"]))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the checkpoint: one file with config, weights, tokenizer and extra, so that nothing else is needed to sample
+
+def save_file(path, data):
+    """torch.save, but the file appears whole or not at all: written beside the target, then renamed over it."""
+    temp = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temp, "wb") as f:
+            torch.save(data, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temp, path)
+    except (OSError, RuntimeError) as e:  # torch wraps a full disk in a RuntimeError
+        raise ValueError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
+    finally:
+        if os.path.exists(temp):
+            os.remove(temp)
+
+
+def load_file(path):
+    """torch.load without its dangers: runs no code from the file, maps the tensors from disk, and looks at the zip's
+    directory before it reads a record. -> what was saved. Anything that is no such file: ValueError."""
+    try:
+        size = os.path.getsize(path)
+        with zipfile.ZipFile(path) as z:
+            records = z.infolist()
+        if any(r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):
+            raise ValueError("it has compressed records, which torch never writes")
+        if sum(r.file_size for r in records) > size:
+            raise ValueError("its records claim to be larger than the file")
+        if sum(r.file_size for r in records if r.filename.endswith(".pkl")) > 2**26:
+            raise ValueError("its index is larger than 64 MiB")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no checkpoint {path}") from None
+    except zipfile.BadZipFile:
+        raise ValueError(f"{path} is truncated, or is no checkpoint") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is no checkpoint of ours: it holds more than tensors and plain values") from None
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as e:
+        fault = getattr(e, "strerror", None) or str(e).strip().split("\n")[0]
+        raise ValueError(f"cannot load {path}: {fault}") from None
+
+
+def save(path, model, tokenizer=None):
+    """Writes the checkpoint at once and whole; weights keep their dtype. Raises ValueError if it cannot."""
+    weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
+    save_file(path, {"format": "dkv-min 1", "config": dataclasses.asdict(model.config), "weights": weights,
+                     "tokenizer": tokenizer.state() if tokenizer else None, "extra": model.extra})
+
+
+def load(path, device="cpu", dtype=None):
+    """-> (model, tokenizer): the model in eval mode, in the stored dtype unless one is given; the tokenizer None where the
+    file has none. Weights are mapped from disk, not copied, as long as device and dtype allow.
+    A file that is missing, truncated, foreign or does not fit together: ValueError, one sentence."""
+    data = load_file(path)
+    if not isinstance(data, dict) or data.get("format") != "dkv-min 1":
+        raise ValueError(f"{path} is no checkpoint of dkv-min (format 1)")
+    try:
+        config = Config(**data["config"])
+        if fault := config.fault():
+            raise ValueError(fault)
+        with torch.device("meta"):
+            model = DiffusionLM(config)
+        weights = data["weights"]
+        for name, p in model.state_dict().items():
+            if name not in weights:
+                raise ValueError(f"{name} is missing")
+            if weights[name].shape != p.shape or not weights[name].is_floating_point():
+                raise ValueError(f"{name} is {tuple(weights[name].shape)} {weights[name].dtype}, expected {tuple(p.shape)} of floats")
+        model.load_state_dict(weights, assign=True)
+        tokenizer = Tokenizer.from_state(data["tokenizer"]) if data["tokenizer"] else None
+        model.extra = dict(data["extra"])
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"{path} does not fit together: {str(e).strip().splitlines()[0]}") from None
+    return model.requires_grad_(False).to(device=device, dtype=dtype).eval(), tokenizer

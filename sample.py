@@ -1,0 +1,273 @@
+"""Sample from a masked diffusion model, with and without a delayed KV cache.
+
+python sample.py                                          held-out questions, every cache, and a table
+python sample.py --prompt "Anna has 7 boxes of 8 pens. She loses 9. How many pens are left?"
+python sample.py --prompts questions.txt --cache none --json > answers.jsonl
+python sample.py --ckpt llada --cache decode              LLaDA-8B, once its weights are converted
+"""
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+
+import torch
+from tqdm import tqdm
+
+from dkv_min import CACHES, REFRESH, REMASKING, generate
+from model import load
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+N_DEMO = 8  # questions of the run without flags, answered in one batch
+PROMPTS = ["What is a key-value cache?"]  # for checkpoints that bring neither problems nor prompts
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def parse_args(argv):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", default="tiny", metavar="tiny|llada|PATH", help="checkpoint (tiny, the bundled one)")
+    p.add_argument("--cache", choices=[*CACHES, "all"], help="default: decode for prompts of yours, all without any")
+    g = p.add_argument_group("prompts (none: the checkpoint's own held-out problems or texts)")
+    g.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    g.add_argument("--prompts", metavar="FILE", help="one prompt a line, or objects with a `prompt` in a .jsonl; - is stdin")
+    g.add_argument("--ids", metavar="1,2,3", help="a prompt as token ids")
+    g = p.add_argument_group("decoding")
+    g.add_argument("--gen-length", type=int, metavar="TOKENS", help="tokens to generate (the checkpoint's, else 128)")
+    g.add_argument("--steps", type=int, help="denoising steps (as many as tokens)")
+    g.add_argument("--block-length", type=int, metavar="TOKENS", help="the answer is decoded in blocks of so many, left to right (the checkpoint's, else gen_length)")
+    g.add_argument("--refresh", metavar="STEPS|never", help="run everything every so many steps of a block (decode 8, greedy 2)")
+    g.add_argument("--window", type=int, default=4, metavar="TOKENS", help="masks that greedy runs around a revealed token (4)")
+    g.add_argument("--temperature", type=float, default=0.0, help="0: the most probable token (0)")
+    g.add_argument("--remasking", choices=REMASKING, help="what is revealed first (low_confidence; greedy: the checkpoint's, else random)")
+    g.add_argument("--cfg-scale", type=float, default=0.0, help="classifier-free guidance (0: none)")
+    g.add_argument("--stop-at-eos", action="store_true", help="begin no further block behind one that holds the end of the text")
+    g.add_argument("--suppress-eos", choices=["logits", "confidence"], help="never emit EOS, or reveal positions that propose it last")
+    g.add_argument("--no-delay", action="store_true", help="cache K/V from the step that reveals the token (to see why not to)")
+    g = p.add_argument_group("running")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: float32 below a billion parameters, else as stored")
+    g.add_argument("--batch-size", type=int, default=8, metavar="PROMPTS", help="prompts answered at once (8)")
+    g.add_argument("--json", action="store_true", help="one JSON object per prompt and cache on stdout, nothing else")
+    args = p.parse_args(argv)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}, and has to be at least 1")
+    if args.refresh not in (None, "never"):
+        if not args.refresh.isdecimal() or int(args.refresh) < 1:
+            raise ValueError(f"--refresh is {args.refresh!r}, and has to be a whole number of at least 1, or never")
+    return args
+
+
+def pick_device(name):
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here, so use --device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def load_checkpoint(name, device, dtype):
+    path = os.path.join(HERE, "checkpoints", f"{name}.pt") if name in ("tiny", "llada") else name
+    if name == "llada" and not os.path.exists(path):
+        raise ValueError(f"LLaDA's weights are not converted yet: python scripts/convert.py llada will download GSAI-ML/LLaDA-8B-Instruct and write {path}; that script is not part of this version")
+    if name not in ("tiny", "llada") and not os.path.exists(path):
+        raise ValueError(f"there is no checkpoint {path}: give --ckpt tiny, llada or the path of a file")
+    model, tokenizer = load(path)
+    if dtype == "auto":
+        small = sum(p.numel() for p in model.parameters()) < 1e9
+        dtype = "float32" if small else None
+    return model.to(device=device, dtype=getattr(torch, dtype) if dtype else None), tokenizer
+
+
+def read_prompts(args):
+    """-> list of texts, from the flags. Input that cannot be read, or is no UTF-8: ValueError."""
+    texts = list(args.prompt)
+    if args.prompts:
+        try:
+            with (sys.stdin.buffer if args.prompts == "-" else open(args.prompts, "rb")) as f:
+                lines = f.read().decode("utf-8-sig").splitlines()
+            if args.prompts.endswith(".jsonl"):
+                lines = [json.loads(line)["prompt"] for line in lines if line.strip()]
+        except OSError as e:
+            raise ValueError(f"cannot read --prompts {args.prompts}: {e.strerror}") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"--prompts {args.prompts} is not UTF-8 text") from None
+        except (json.JSONDecodeError, TypeError, KeyError):
+            raise ValueError(f"--prompts {args.prompts}: every line has to be a JSON object with a `prompt`") from None
+        texts += [line for line in lines if not isinstance(line, str) or line.strip()]
+        if not texts:
+            raise ValueError(f"--prompts {args.prompts} holds no prompt")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"a prompt has to be text, and this is none: {text!r}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"the prompt {text!r} is not UTF-8 text") from None
+    return texts
+
+
+def parse_ids(text):
+    try:
+        return None if text is None else [int(i) for i in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--ids is {text!r}, and has to be token ids with commas between them, such as 1,2,3") from None
+
+
+def cut(ids, config):
+    """The ids up to the first end of text or of turn."""
+    ends = [i for i, t in enumerate(ids) if t in (config.eos_id, config.eot_id)]
+    return ids[:ends[0]] if ends else ids
+
+
+def is_right(text, answer):
+    """Is the final result, behind ####, that of the worked answer?"""
+    return "####" in text and text.split("####")[-1].strip() == answer.split("####")[-1].strip()
+
+
+def printable(text):
+    """Model output cannot drive the terminal: control characters are shown escaped."""
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def answer(model, prompts, batch_size, seed, bar, **how):
+    """Prompts (lists of ids) in batches -> [(generated ids, Result of the batch, row in it)]. What is random belongs to the
+    prompt, by seed and index, so that the answers do not depend on the batch size."""
+    answers = []
+    hook = model.register_forward_hook(lambda *_: bar.update())
+    try:
+        for i in range(0, len(prompts), batch_size):
+            part = prompts[i:i + batch_size]
+            rngs = [torch.Generator().manual_seed(random.Random(f"{seed} {i + j}").getrandbits(32)) for j in range(len(part))]
+            result = generate(model, part, generator=rngs, **how)
+            answers += [(tokens[len(p):], result, j) for j, (p, tokens) in enumerate(zip(part, result.tokens))]
+    finally:
+        hook.remove()
+    return answers
+
+
+def plan(args, extra, gen_length, steps, block_length):
+    """-> [(settings for generate, number of the run it is compared with)]. With --cache all two more runs keep the
+    comparison fair: no cache in greedy's order, and half the steps, which saves as much without any cache."""
+    known = extra.get("known_order", "random")
+    shared = dict(gen_length=gen_length, steps=steps, block_length=block_length, window=args.window, temperature=args.temperature,
+                  cfg_scale=args.cfg_scale, stop_at_eos=args.stop_at_eos, suppress_eos=args.suppress_eos, delay=not args.no_delay)
+
+    def run(cache, order="low_confidence", **more):
+        refresh = gen_length if args.refresh == "never" else int(args.refresh or REFRESH[cache])
+        return shared | dict(cache=cache, remasking=args.remasking or order, refresh=refresh) | more
+
+    if args.cache != "all":
+        return [(run(args.cache, known if args.cache == "greedy" else "low_confidence"), None)]
+    if args.json:
+        return [(run("none"), None), (run("decode"), None), (run("greedy", known), None)]
+    runs = [(run("none"), None), (run("decode"), 0)]
+    if args.remasking:  # one order for all
+        runs += [(run("greedy"), 0)]
+    else:
+        runs += [(run("none", known), None), (run("greedy", known), 2)]
+    if steps % 2 == 0 and steps // 2 % max(1, gen_length // max(1, block_length)) == 0:
+        runs += [(run("none", steps=steps // 2), 0)]
+    return runs
+
+
+def table(runs, answers, seconds, questions, right):
+    """Text, one line a run. right: how many answers of each run are, or None where that is unknown."""
+    lines = [["cache", "order", "refresh", "steps", "exact", "positions run", "fewer by", "seconds", "tokens/s", "speed-up", "same tokens"]]
+    for i, (how, base) in enumerate(runs):
+        run, full = (sum(getattr(r, name)[j] for _, r, j in answers[i]) for name in ("positions_run", "positions_full"))
+        full = full * runs[0][0]["steps"] / how["steps"]  # what no cache at full steps would run
+        tokens = len(questions) * how["gen_length"]
+        never = how["refresh"] >= how["block_length"] * how["steps"] / how["gen_length"]
+        line = [how["cache"], how["remasking"], "-" if how["cache"] == "none" else "never" if never else how["refresh"], how["steps"],
+                f"{right[i]}/{len(questions)}" if right else "-", f"{run:,}", f"{full / run:.2f}x", f"{seconds[i]:.2f}", f"{tokens / seconds[i]:,.0f}", "-", "-"]
+        if base is not None:
+            same = sum(x == y for (a, *_), (b, *_) in zip(answers[i], answers[base]) for x, y in zip(a, b))
+            line[-2:] = f"{seconds[base] / seconds[i]:.2f}x", f"{100 * same / tokens:.0f}%"
+        lines.append([str(cell) for cell in line])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(line, widths))) for line in lines)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    texts, ids = read_prompts(args), parse_ids(args.ids)
+    device = pick_device(args.device)
+    model, tokenizer = load_checkpoint(args.ckpt, device, args.dtype)
+    extra, name = model.extra, lambda how: f"{how['cache']}, {how['remasking']}, {how['steps']} steps"
+
+    # the user's prompts, or the checkpoint's own, of which the right answers may be known
+    pairs = [(text, None) for text in texts]
+    if not texts and not ids:
+        pairs = extra["problems"][:N_DEMO] if "problems" in extra else [(text, None) for text in extra.get("prompts", PROMPTS)]
+        args.cache = args.cache or "all"
+    args.cache = args.cache or "decode"
+    if pairs and tokenizer is None:
+        raise ValueError(f"{args.ckpt} has no tokenizer, so it cannot read text: give the prompt as token ids, with --ids")
+    template = extra.get("template", "{}")
+    questions = [(text, tokenizer.encode(template.replace("{}", text)), right) for text, right in pairs]
+    questions += [(None, ids, None)] if ids else []
+
+    gen_length = extra.get("gen_length", 128) if args.gen_length is None else args.gen_length
+    steps = gen_length if args.steps is None else args.steps
+    block_length = extra.get("block_length", gen_length) if args.block_length is None else args.block_length
+    if args.block_length is None and gen_length % block_length:
+        block_length = gen_length
+    runs = plan(args, extra, gen_length, steps, block_length)
+    graded = all(right is not None for _, _, right in questions)
+    repeats = 3 if graded and not args.json else 1  # the toy's times are short: take the median of three, in turn
+
+    answers, times = [], []
+    batches = -(-len(questions) // args.batch_size)
+    with tqdm(total=sum(how["steps"] for how, _ in runs) * batches * repeats, unit="step", disable=None, leave=False) as bar:
+        for _ in range(repeats):
+            answers = []
+            for how, _ in runs:
+                bar.set_description(name(how))
+                answers.append(answer(model, [q for _, q, _ in questions], args.batch_size, args.seed, bar, **how))
+            times.append([sum({id(r): r.seconds for _, r, _ in answered}.values()) for answered in answers])
+    seconds = [statistics.median(column) for column in zip(*times)]
+    shown = [[tokenizer.decode(cut(ids, model.config)) if tokenizer else None for ids, *_ in answered] for answered in answers]
+
+    if args.json:
+        for i, (text, prompt_ids, _) in enumerate(questions):
+            for (how, _), answered, texts in zip(runs, answers, shown):
+                ids, r, j = answered[i]
+                print(json.dumps({"index": i, "prompt": text, "cache": how["cache"], "prompt_ids": prompt_ids, "ids": ids, "text": texts[i],
+                                  "forwards": r.forwards, "positions_run": r.positions_run[j], "positions_full": r.positions_full[j], "seconds": r.seconds}))
+        return 0
+    for i, (text, prompt_ids, right) in enumerate(questions):
+        print(printable(text or f"ids {prompt_ids}"))
+        for (how, _), answered, texts in zip(runs, answers, shown):
+            mark = "" if right is None else "right  " if is_right(texts[i], right) else "wrong  "
+            print(f"  {name(how):34}  {mark}{printable(texts[i]) if tokenizer else answered[i][0]}")
+        print()
+    prompt_lens = sorted(len(q) for _, q, _ in questions)
+    print(f"{device}, {torch.get_num_threads()} threads, {model.wte.weight.dtype}, {len(questions)} prompts of {prompt_lens[0]} to {prompt_lens[-1]} tokens in batches of "
+          f"{min(args.batch_size, len(questions))}, {gen_length} tokens each (EOS padding included), blocks of {block_length}" + (", medians of 3 runs" if repeats > 1 else ""))
+    right = [sum(is_right(t, q[2]) for t, q in zip(texts, questions)) for texts in shown] if graded else None
+    print(table(runs, answers, seconds, questions, right))
+    return 0
+
+
+def run(main):
+    """Runs a script's main. What a user got wrong is one sentence on stderr and exit code 2."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except ValueError as e:
+        print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run(main)

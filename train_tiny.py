@@ -1,0 +1,368 @@
+"""Train a toy masked diffusion model, on two CPU cores or on a GPU.
+
+python train_tiny.py                       word problems, preset quick -> toy.pt; then python sample.py --ckpt toy.pt
+python train_tiny.py --preset bundled      the model that the repository ships
+python train_tiny.py --data my.txt         any UTF-8 text instead
+python train_tiny.py --resume              go on where toy.pt.train stopped (Ctrl-C, kill -9, power cut)
+
+The word problems are made here, so that answers can be checked and nothing has to be downloaded. A question gives a few
+numbers, the worked answer computes with them one after the other; each result needs the one before it. Whatever decodes
+the answer has to respect that order, and that is what makes the toy a test of caches and of decoding orders.
+"""
+import argparse
+import math
+import os
+import random
+import signal
+import sys
+import time
+import zlib
+from collections import Counter, defaultdict
+
+import regex  # tiktoken brings it along; the standard re knows neither \p{L} nor possessive quantifiers
+import torch
+from tqdm import tqdm
+
+from dkv_min import generate
+from model import Config, DiffusionLM, Tokenizer, diffusion_loss, diffusion_noise, load, load_file, save, save_file
+from sample import Parser, cut, is_right, pick_device, run
+
+PRESETS = {  # what the flags below default to
+    "quick": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=32, gen_length=32, block_length=32, ops=[1, 2], steps=3000, batch=64),
+    "bundled": dict(n_layer=4, n_head=7, n_embd=224, prompt_len=64, gen_length=64, block_length=32, ops=[3, 5], steps=6500, batch=32),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the word problems
+
+SHE = "Anna Clara Emma Grace Ida Kate Maria Olga Rosa Tina Alma Dora Fiona Hanna Julia Laura Nina Petra Vera Zoe".split()
+HE = "Ben David Felix Henry Jack Leo Noah Paul Sam Victor Bruno Cecil Erik George Ivan Karl Martin Oscar Peter Walter".split()
+THINGS = "apples pens coins cards shells stamps books cups nuts stones candles buttons pears ribbons marbles plums".split()
+HOLDERS = "boxes bags baskets trays jars drawers crates bowls".split()
+MORE = "finds buys wins makes collects borrows".split()
+TEMPLATE = "{}\n"  # how a question stands in a prompt
+LESS = "loses sells breaks lends eats wastes".split()
+
+
+def problem(rng, ops):
+    """One problem with ops additions or subtractions after the product -> (numbers, question, answer).
+
+    numbers identify it whatever the wording: (7, 8, -9, 5) is 7*8, minus 9, plus 5; no result leaves 0..99."""
+    a, b = rng.randint(2, 9), rng.randint(2, 9)
+    who, names = rng.choice([("She", SHE), ("He", HE)])
+    name, thing, holder = rng.choice(names), rng.choice(THINGS), rng.choice(HOLDERS)
+    numbers, total = [a, b], a * b
+    question, answer = [f"{name} has {a} {holder} of {b} {thing}."], [f"{a}*{b}={total}."]
+    for _ in range(ops):
+        d = rng.choice([d for d in range(-9, 10) if d and 0 <= total + d <= 99])
+        numbers.append(d)
+        question.append(f"{who} {rng.choice(MORE)} {d} more." if d > 0 else f"{who} {rng.choice(LESS)} {-d}.")
+        answer.append(f"{total}{d:+d}={total + d}.")
+        total += d
+    return tuple(numbers), " ".join(question) + f" How many {thing} are left?", " ".join(answer) + f" #### {total}"
+
+
+def held_out(numbers):
+    """One problem in ten, chosen by its numbers, is never trained on, in no wording: the test set."""
+    return zlib.crc32(repr(numbers).encode()) % 10 == 0
+
+
+def problems(rng, n, ops, test):
+    """n problems of the training side or of the test side, with ops[0] to ops[1] operations -> [(question, answer)]."""
+    found = []
+    while len(found) < n:
+        numbers, question, answer = problem(rng, rng.randint(*ops))
+        if held_out(numbers) == test:
+            found.append((question, answer))
+    return found
+
+
+def story_rows(pairs, tokenizer, prompt_len, gen_length):
+    """Tokens (B, T) int64 with the question left-padded to prompt_len and the answer filled with EOS up to gen_length;
+    pad (B,); frozen (B, T) bool, True on padding and question: this is the SFT form, only answers are masked."""
+    eos, rows, pad = tokenizer.special["<|eos|>"], [], []
+    for question, answer in pairs:
+        q, a = tokenizer.encode(TEMPLATE.replace("{}", question)), tokenizer.encode(answer)
+        if len(q) > prompt_len or len(a) >= gen_length:
+            raise ValueError(f"a problem has {len(q)} + {len(a)} tokens, more than --prompt-len {prompt_len} and --gen-length {gen_length} (EOS included) hold: "
+                             "raise them, or lower --ops")
+        pad.append(prompt_len - len(q))
+        rows.append([eos] * pad[-1] + q + a + [eos] * (gen_length - len(a)))
+    tokens = torch.tensor(rows)
+    return tokens, torch.tensor(pad), (torch.arange(tokens.shape[1]) < prompt_len).expand_as(tokens)
+
+
+def sum_rows(rng, B, T, tokenizer):
+    """Rows of bare sums, of which just the results are masked. Departs from LLaDA: a small model that gets stories only
+    learns everything but arithmetic, since under random masks most results cannot be known. -> tokens, masked (B, T)."""
+    rows = []
+    for _ in range(B):
+        text, ids = "", []
+        while len(ids) < T:
+            for _ in range(T // 8):
+                x, d = rng.randint(0, 99), rng.randint(1, 9)
+                a, b = rng.randint(2, 9), rng.randint(2, 9)
+                text += rng.choice([f"{a}*{b}={a * b}. ", f"{x}+{d}={x + d}. " if x + d <= 99 else "", f"{x}-{d}={x - d}. " if x >= d else ""])
+            ids = tokenizer.encode(text)
+        rows.append(ids[:T])
+    tokens = torch.tensor(rows)
+    equals, dot = (tokens == tokenizer.encode("=")[0]), (tokens == tokenizer.encode(".")[0])
+    return tokens, (equals.long().cumsum(1) > dot.long().cumsum(1)) & ~equals
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the tokenizer: byte-level BPE, cut into pieces as LLaDA's, digits one by one
+
+PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+
+
+def train_bpe(text, n):
+    """-> {bytes: id}: the 256 bytes, then the most frequent pair of neighbours again and again, until there are n ids.
+    Counts over distinct words, and updates the counts of a merge's own words only."""
+    freq = Counter(regex.findall(PATTERN, text))
+    words = [([bytes([b]) for b in w.encode()], f) for w, f in freq.items()]
+    count, where = Counter(), defaultdict(set)
+
+    def tally(i, sign):
+        parts, f = words[i]
+        for pair in zip(parts, parts[1:]):
+            count[pair] += sign * f
+            where[pair].add(i)
+
+    for i in range(len(words)):
+        tally(i, 1)
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < n and count:
+        pair = max(count, key=lambda p: (count[p], p))
+        if count[pair] < 2:
+            break
+        ranks.setdefault(pair[0] + pair[1], len(ranks))
+        for i in where.pop(pair):
+            tally(i, -1)
+            parts, j = words[i][0], 0
+            while j < len(parts) - 1:
+                if (parts[j], parts[j + 1]) == pair:
+                    parts[j:j + 2] = [pair[0] + pair[1]]
+                j += 1
+            tally(i, 1)
+        del count[pair]
+    return ranks
+
+
+def build_tokenizer(text, vocab):
+    ranks = train_bpe(text, vocab - 2)
+    return Tokenizer(ranks, PATTERN, {"<|eos|>": len(ranks), "<|mask|>": len(ranks) + 1})
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is trained on. batch(step) draws everything from (seed, step): the step number is all that a resumed run needs
+
+class Problems:
+    def __init__(self, args):
+        self.args = args
+        corpus = problems(random.Random(args.seed), 3000, args.ops, test=False)
+        self.tokenizer = build_tokenizer("".join(TEMPLATE.replace("{}", q) + a for q, a in corpus), args.vocab)
+        test = problems(random.Random(args.seed), 1000, args.ops, test=True)
+        self.val = story_rows(test[:256], self.tokenizer, args.prompt_len, args.gen_length)
+        self.extra = {"problems": test, "gen_length": args.gen_length, "block_length": args.block_length,
+                      "known_order": "left_to_right", "template": TEMPLATE}
+
+    def batch(self, step):
+        args, rng = self.args, random.Random(f"{self.args.seed} {step}")
+        g = torch.Generator().manual_seed(rng.getrandbits(60))
+        # first bare sums alone, then stories with a quarter of sums among them
+        n_sums = args.batch if step < args.sums * args.steps else args.batch // 4
+        T = args.prompt_len + args.gen_length
+        tokens, masked = sum_rows(rng, n_sums, T, self.tokenizer)
+        weight = (1 / (masked.sum(1, keepdim=True).clamp(min=1) * args.batch)).expand(-1, T)
+        pad = torch.zeros(n_sums, dtype=torch.int64)
+        if n_sums < args.batch:
+            pairs = problems(rng, args.batch - n_sums, args.ops, test=False)
+            story, story_pad, frozen = story_rows(pairs, self.tokenizer, args.prompt_len, args.gen_length)
+            noise = diffusion_noise(frozen, generator=g)
+            tokens, pad = torch.cat([tokens, story]), torch.cat([pad, story_pad])
+            masked, weight = torch.cat([masked, noise[0]]), torch.cat([weight, noise[1] * len(pairs) / args.batch])
+        return tokens, masked, weight, pad
+
+
+class Text:
+    def __init__(self, args):
+        self.args = args
+        try:
+            with open(args.data, encoding="utf-8") as f:
+                text = f.read()
+        except UnicodeDecodeError:
+            raise ValueError(f"{args.data} is not UTF-8 text") from None
+        except OSError as e:
+            raise ValueError(f"cannot read {args.data}: {e.strerror}") from None
+        cut = len(text) * 9 // 10  # the last tenth is for validation
+        self.tokenizer = build_tokenizer(text[:cut], args.vocab)
+        self.train, tail = (torch.tensor(self.tokenizer.encode(t), dtype=torch.int64) for t in (text[:cut], text[cut:]))
+        T = args.prompt_len + args.gen_length
+        if len(tail) < T:
+            raise ValueError(f"{args.data} is too short: its last tenth has {len(tail)} tokens, and a row needs {T}")
+        val = tail[:len(tail) // T * T].view(-1, T)[:256]
+        self.val = val, torch.zeros(len(val), dtype=torch.int64), torch.zeros_like(val, dtype=torch.bool)
+        self.bytes_per_token = len(text[cut:].encode()) / len(tail)
+        self.extra = {"prompts": [self.tokenizer.decode(r[:args.prompt_len]) for r in val[:: max(1, len(val) // 3)][:3].tolist()],
+                      "gen_length": args.gen_length, "block_length": args.block_length}
+
+    def batch(self, step):
+        g = torch.Generator().manual_seed(random.Random(f"{self.args.seed} {step}").getrandbits(60))
+        T = self.args.prompt_len + self.args.gen_length
+        start = torch.randint(len(self.train) - T + 1, (self.args.batch, 1), generator=g)
+        tokens = self.train[start + torch.arange(T)]
+        return tokens, *diffusion_noise(torch.zeros_like(tokens, dtype=torch.bool), generator=g), None
+
+
+@torch.no_grad()
+def validate(model, val, device, amp):
+    """Nats per token on held-out rows under the same masks at every call, so that runs can be compared."""
+    tokens, pad, frozen = val
+    masked, weight = diffusion_noise(frozen, generator=torch.Generator().manual_seed(0))
+    loss = 0.0
+    for rows in torch.arange(len(tokens)).split(64):
+        part = (t[rows].to(device) for t in (tokens, masked, weight, pad))
+        with torch.autocast(device, torch.bfloat16, enabled=amp):
+            loss += diffusion_loss(model, *part).item()
+    return loss
+
+
+def exact_answers(path, n, device):
+    """Answers n held-out problems with the saved model, as sample.py does, and prints how many are right."""
+    model, tokenizer = load(path, device, torch.float32)
+    extra, pairs = model.extra, model.extra["problems"][:n]
+    prompts = [tokenizer.encode(extra["template"].replace("{}", q)) for q, _ in pairs]
+    known = extra["known_order"]
+    for cache, remasking in (("none", "low_confidence"), ("decode", "low_confidence"), ("none", known), ("greedy", known)):
+        right, run, full = 0, 0, 0
+        for i in tqdm(range(0, n, 50), f"{cache}, {remasking}", unit="batch", leave=False, dynamic_ncols=True):
+            r = generate(model, prompts[i:i + 50], cache=cache, remasking=remasking, gen_length=extra["gen_length"], block_length=extra["block_length"])
+            texts = [tokenizer.decode(cut(t[-extra["gen_length"]:], model.config)) for t in r.tokens]
+            right += sum(is_right(text, answer) for text, (_, answer) in zip(texts, pairs[i:]))
+            run, full = run + sum(r.positions_run), full + sum(r.positions_full)
+        print(f"{cache:6}  {remasking:14}  {right} of {n} exact ({100 * right / n:.1f}%), {full / run:.2f}x fewer positions run")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", choices=PRESETS, default="quick", help="sizes for the flags below (default quick)")
+    p.add_argument("--data", metavar="FILE", help="train on this UTF-8 text instead of the word problems")
+    p.add_argument("--out", metavar="FILE", default="toy.pt", help="the model, in bfloat16; FILE.train keeps what --resume needs (toy.pt)")
+    p.add_argument("--resume", action="store_true", help="go on from FILE.train, with the flags it was started with")
+    p.add_argument("--eval", type=int, metavar="N", default=100, help="held-out problems to answer at the end, 0 to 1000 (100)")
+    g = p.add_argument_group("sizes (default: the preset's)")
+    g.add_argument("--n-layer", type=int)
+    g.add_argument("--n-head", type=int)
+    g.add_argument("--n-embd", type=int)
+    g.add_argument("--prompt-len", type=int, metavar="TOKENS", help="room for the question")
+    g.add_argument("--gen-length", type=int, metavar="TOKENS", help="room for the answer")
+    g.add_argument("--block-length", type=int, metavar="TOKENS", help="how sample.py decodes it; training knows no blocks")
+    g.add_argument("--ops", type=int, nargs=2, metavar=("MIN", "MAX"), help="additions and subtractions in a problem")
+    g.add_argument("--vocab", type=int, default=512, help="tokens, 258 or more (512)")
+    g = p.add_argument_group("optimization")
+    g.add_argument("--steps", type=int)
+    g.add_argument("--batch", type=int, metavar="ROWS")
+    g.add_argument("--lr", type=float, default=0.02, help="Muon's, for the matrices (0.02)")
+    g.add_argument("--lr-adam", type=float, default=0.003, help="AdamW's, for embedding, head and norms (0.003)")
+    g.add_argument("--sums", type=float, default=0.1, help="share of the steps that see bare sums only (0.1)")
+    g.add_argument("--val-every", type=int, default=250, metavar="STEPS", help="validate and save (250)")
+    g.add_argument("--seed", type=int, default=1)
+    g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    g.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
+    g.add_argument("--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16 autocast: on CUDA and on CPUs that multiply in it")
+    args = p.parse_args(argv)
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, low in dict(n_layer=1, n_head=1, n_embd=2, prompt_len=1, gen_length=2, vocab=258, steps=1, batch=1, val_every=1, threads=1, eval=0, seed=0).items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, and has to be at least {low}")
+    if not 1 <= args.ops[0] <= args.ops[1]:
+        raise ValueError(f"--ops is {args.ops[0]} {args.ops[1]}, and has to be MIN MAX with 1 <= MIN <= MAX")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    start = {}
+    if args.resume:
+        start = load_file(args.out + ".train")
+        kept = dict(start["args"], device=args.device, threads=args.threads, amp=args.amp, out=args.out, eval=args.eval)
+        args = argparse.Namespace(**kept)
+    device = pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cpu = torch.cpu.get_capabilities()
+    amp = {"on": True, "off": False}.get(args.amp, device == "cuda" or cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False))
+
+    # data, model, optimizers
+    data = Text(args) if args.data else Problems(args)
+    special = data.tokenizer.special
+    n = max(special.values()) + 1
+    torch.manual_seed(args.seed)
+    model = DiffusionLM(Config(
+        n_layer=args.n_layer, n_head=args.n_head, n_kv_head=args.n_head, n_embd=args.n_embd, n_ff=-(-args.n_embd * 8 // 3 // 32) * 32,
+        vocab_size=n, n_vocab=n, max_len=2 * (args.prompt_len + args.gen_length), mask_id=special["<|mask|>"], eos_id=special["<|eos|>"]))
+    model.extra = data.extra
+    model.to(device)
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    others = [p for name, p in model.named_parameters() if p.dim() < 2 or not name.startswith("blocks")]
+    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.0), torch.optim.AdamW(others, lr=args.lr_adam, betas=(0.9, 0.98), weight_decay=0.0)]
+    rates = [args.lr, args.lr_adam]
+    if start:
+        model.load_state_dict(start["weights"])
+        for o, state in zip(optimizers, start["optimizers"]):
+            o.load_state_dict(state)
+    best, first = start.get("best", float("inf")), start.get("step", 0)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.steps} steps of {args.batch} x {args.prompt_len + args.gen_length} tokens, "
+          f"{device}, {torch.get_num_threads()} threads, {'bfloat16 autocast' if amp else 'float32'}")
+
+    def keep(step):
+        save_file(args.out + ".train", {"args": vars(args), "step": step, "best": best, "weights": model.state_dict(),
+                                        "optimizers": [o.state_dict() for o in optimizers]})
+
+    # Ctrl-C ends the run between two steps, so that what is saved is a state that an unbroken run would pass through
+    stopped = []
+    signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
+    smooth = None
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
+    for step in bar:
+        scale = min(1, (step + 1) / 100, (args.steps - step) / (0.5 * args.steps))  # warm up, hold, down to zero
+        for o, rate in zip(optimizers, rates):
+            for group in o.param_groups:
+                group["lr"] = rate * scale
+        began = time.time()
+        batch = [t if t is None else t.to(device) for t in data.batch(step)]
+        with torch.autocast(device, torch.bfloat16, enabled=amp):
+            loss = diffusion_loss(model, *batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        bar.set_postfix_str(f"loss {smooth:.3f}, {batch[0].numel() / (time.time() - began):,.0f} tokens/s")
+        if (step + 1) % args.val_every == 0 or step + 1 == args.steps or stopped:
+            val = validate(model, data.val, device, amp)
+            bar.write(f"step {step + 1}: validation {val:.4f} nats per token")
+            if val < best:
+                best = val
+                half = DiffusionLM(model.config).to(torch.bfloat16)
+                half.load_state_dict(model.state_dict())
+                half.extra = data.extra
+                save(args.out, half, data.tokenizer)
+            keep(step + 1)
+        if stopped:
+            bar.close()
+            print(f"stopped: python train_tiny.py --resume --out {args.out} goes on from step {step + 1}")
+            return 130
+    print(f"{args.out}: validation {best:.4f} nats per token" + (f", {best / data.bytes_per_token:.4f} nats per byte" if args.data else ""))
+    if args.eval and not args.data:
+        exact_answers(args.out, min(args.eval, len(data.extra["problems"])), device)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
