@@ -58,7 +58,7 @@ class Result:
 class Batch:
     """What the loops work on: the prompts that are still being answered, left-padded to one length, and the settings."""
     x: torch.Tensor             # (B, T) int64: prompts, what is revealed so far, masks
-    out: torch.Tensor           # (B of all prompts, T): x, with the rows that have left the batch
+    out: torch.Tensor           # the same for all prompts, those that have left the batch included
     live: list                  # which prompts x holds
     pads: list                  # left padding of every prompt
     pad: torch.Tensor | None    # (B,) the same for the rows of x, None if there is none
@@ -111,7 +111,7 @@ def generate_decode(model, s):
             else:                            # masks, and what was revealed one step ago; older tokens keep their K/V
                 masks = first_masks(s, lo, s.T - lo - c)                       # (B, all masks), ascending
                 pos = torch.cat([masks, just], 1) if s.delay else masks
-                rows = torch.searchsorted(masks, want)
+                rows = torch.searchsorted(masks, want.contiguous())
             # -----------------------------------------------------------------
             logits = forward(model, s, pos, rows, cache)                       # (B, m, V)
             just = reveal(s, lo, want, k, logits)                              # (B, k) what was revealed in this step
@@ -208,13 +208,12 @@ def forward(model, s, pos, rows, cache):
 def reveal(s, lo, want, k, logits):
     """Proposes a token for each wanted position and writes k of them into s.x: all if the order is known ahead, else the
     most confident. -> their columns (B, k)."""
-    eos, eot = s.config.eos_id, s.config.eot_id
     if s.suppress_eos == "logits":
-        logits[..., eos] = -torch.inf
+        logits[..., s.config.eos_id] = -torch.inf
     if s.temperature == 0:
         token = logits.argmax(-1)                                              # (B, m)
     else:  # one uniform number per prompt and column of the block, whatever runs and whoever else is in the batch
-        u = torch.stack([torch.rand(s.block_length, generator=g) for g in s.rngs]).to(logits.device)
+        u = torch.stack([torch.rand(s.block_length, generator=g) for g in s.rngs]).to(logits.device, non_blocking=True)
         tempered = (logits - logits.amax(-1, keepdim=True)) / s.temperature    # (B, m, V)
         odds = tempered.softmax(-1).double().cumsum(-1)
         token = torch.searchsorted(odds, (u.gather(1, want - lo) * odds[..., -1])[..., None], right=True).squeeze(-1)
@@ -228,8 +227,9 @@ def reveal(s, lo, want, k, logits):
 def confidence(s, logits, token):
     """Log probability of the proposed tokens at temperature 1, (B, m): LLaDA's low-confidence remasking."""
     if s.suppress_eos == "confidence":  # a position that proposes the end is revealed when nothing better is left
-        logits = logits.clone()
-        logits[..., [i for i in (s.config.eos_id, s.config.eot_id) if i is not None]] = -torch.inf
+        for end in (s.config.eos_id, s.config.eot_id):
+            if end is not None:
+                logits[..., end] = -torch.inf
     return logits.gather(-1, token[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
@@ -254,16 +254,14 @@ def report(s, pos, just):
 def finish_block(s, lo):
     """With stop_at_eos, prompts whose block holds EOS get EOS in all that follows and leave the batch (the one place
     where a loop waits for the device). -> whether anything is left to do"""
-    hi = lo + s.block_length
-    if s.stop_at_eos and hi < s.T:
+    if s.stop_at_eos:
+        hi = lo + s.block_length
         done = (s.x[:, lo:hi] == s.config.eos_id).any(1)
         s.x[:, hi:] = s.x[:, hi:].masked_fill(done[:, None], s.config.eos_id)
         s.out[s.live] = s.x
         keep = (~done).nonzero().flatten().tolist()
         s.x, s.live, s.rngs = s.x[keep], [s.live[r] for r in keep], [s.rngs[r] for r in keep]
         s.pad, s.order = (t if t is None else t[keep] for t in (s.pad, s.order))
-    else:
-        s.out[s.live] = s.x
     return len(s.live) > 0
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,7 +317,7 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
     else:
         columns = None
     x = torch.tensor([p[:1] * pad + p + [c.mask_id] * gen_length for p, pad in zip(prompts, pads)], device=device)
-    s = Batch(x=x, out=x.clone(), live=list(range(B)), pads=pads, pad=torch.tensor(pads, device=device) if any(pads) else None,
+    s = Batch(x=x, out=x.clone() if stop_at_eos else x, live=list(range(B)), pads=pads, pad=torch.tensor(pads, device=device) if any(pads) else None,
               order=None if columns is None else torch.as_tensor(columns, device=device), rngs=rngs, config=c, P=P, T=P + gen_length,
               schedule=unmask_schedule(L, steps * L // gen_length), block_length=L, refresh=refresh or REFRESH[cache], window=window,
               delay=delay, temperature=temperature, cfg_scale=cfg_scale, stop_at_eos=stop_at_eos, suppress_eos=suppress_eos,
@@ -349,12 +347,16 @@ def check(config, *, cache, gen_length, steps, block_length, refresh, window, te
     need(config.eos_id is not None or not (stop_at_eos or suppress_eos), "this model has no eos_id, so stop_at_eos and suppress_eos cannot work")
 
 
+def int_lists(name, lists):
+    try:
+        return [[int(i) for i in row] for row in lists]
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} has to be a list of lists of whole numbers, one list per prompt") from None
+
+
 def check_prompts(config, prompts, gen_length):
     """-> prompts as lists of ints, or ValueError."""
-    try:
-        prompts = [[int(i) for i in p] for p in prompts]
-    except (TypeError, ValueError):
-        raise ValueError("prompts has to be a list of lists of token ids") from None
+    prompts = int_lists("prompts", prompts)
     if not prompts or not all(prompts):
         raise ValueError("there is no prompt: give at least one, of at least one token" if not prompts else f"prompt {prompts.index([])} is empty: it needs at least one token")
     for j, p in enumerate(prompts):
@@ -369,7 +371,7 @@ def check_prompts(config, prompts, gen_length):
 
 def check_order(order, prompts, gen_length, block_length):
     """-> order as lists of ints, or ValueError."""
-    order = [list(row) for row in order]
+    order = int_lists("order", order)
     if len(order) != len(prompts):
         raise ValueError(f"order has {len(order)} lists, and has to have one for each of the {len(prompts)} prompts")
     for j, (row, p) in enumerate(zip(order, prompts)):

@@ -335,10 +335,10 @@ def load(path, device="cpu", dtype=None):
             raise ValueError(fault)
         with torch.device("meta"):
             model = DiffusionLM(config)
-        weights = data["weights"]
-        for name, p in model.state_dict().items():
-            if name not in weights:
-                raise ValueError(f"{name} is missing")
+        weights, expected = data["weights"], model.state_dict()
+        if set(weights) != set(expected):
+            raise ValueError(f"{min(set(weights) ^ set(expected))} is {'missing' if set(expected) - set(weights) else 'unexpected'}")
+        for name, p in expected.items():
             if weights[name].shape != p.shape or not weights[name].is_floating_point():
                 raise ValueError(f"{name} is {tuple(weights[name].shape)} {weights[name].dtype}, expected {tuple(p.shape)} of floats")
         model.load_state_dict(weights, assign=True)

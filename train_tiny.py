@@ -234,7 +234,7 @@ def exact_answers(path, n, device):
     known = extra["known_order"]
     for cache, remasking in (("none", "low_confidence"), ("decode", "low_confidence"), ("none", known), ("greedy", known)):
         right, run, full = 0, 0, 0
-        for i in tqdm(range(0, n, 50), f"{cache}, {remasking}", unit="batch", leave=False, dynamic_ncols=True):
+        for i in tqdm(range(0, n, 50), f"{cache}, {remasking}", unit="batch", leave=False, disable=None):
             r = generate(model, prompts[i:i + 50], cache=cache, remasking=remasking, gen_length=extra["gen_length"], block_length=extra["block_length"])
             texts = [tokenizer.decode(cut(t[-extra["gen_length"]:], model.config)) for t in r.tokens]
             right += sum(is_right(text, answer) for text, (_, answer) in zip(texts, pairs[i:]))
@@ -327,7 +327,7 @@ def main(argv=None):
     stopped = []
     signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
     smooth = None
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
     for step in bar:
         scale = min(1, (step + 1) / 100, (args.steps - step) / (0.5 * args.steps))  # warm up, hold, down to zero
         for o, rate in zip(optimizers, rates):

@@ -1,0 +1,98 @@
+"""Traces of the authors' dKV-Cache code for LLaDA, to be matched token for token and position for position.
+
+python -m pytest tests/test_golden.py
+
+golden.npz was cut by scripts/cut_golden.py; the weights are random, so a wrong K/V somewhere shows in the tokens."""
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+
+from dkv_min import cache_cost, generate
+from model import Config, DiffusionLM, gather_rows
+
+DATA = dict(np.load(pathlib.Path(__file__).parent / "golden.npz"))
+DOC = json.loads(DATA["cases"].tobytes())
+LINEAR = {"q_proj": "attn.q", "k_proj": "attn.k", "v_proj": "attn.v", "attn_out": "attn.o", "ff_proj": "mlp.gate", "up_proj": "mlp.up",
+          "ff_out": "mlp.down", "attn_norm": "attn_norm", "ff_norm": "mlp_norm"}
+
+
+def our_name(theirs):
+    *_, parent, i, leaf, _ = ("", "", *theirs.split("."))
+    if parent == "blocks":
+        return f"blocks.{i}.{LINEAR[leaf]}.weight"
+    return {"wte": "wte", "ln_f": "norm", "ff_out": "head"}[leaf] + ".weight"
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def llada(request):
+    c = json.loads(DATA["config"].tobytes())
+    model = DiffusionLM(Config(n_layer=c["n_layers"], n_head=c["n_heads"], n_kv_head=c["n_kv_heads"], n_embd=c["d_model"], n_ff=c["mlp_hidden_size"],
+                               vocab_size=c["embedding_size"], n_vocab=c["vocab_size"], max_len=c["max_sequence_length"], mask_id=c["mask_token_id"],
+                               eos_id=c["eos_token_id"], rope_theta=c["rope_theta"], norm_eps=c["rms_norm_eps"]))
+    model.load_state_dict({our_name(k[7:]): torch.from_numpy(v) for k, v in DATA.items() if k.startswith("weight.")})
+    return model.to(request.param).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("case", DOC["forwards"], ids=lambda c: c["logits"])
+def test_plain_forward(llada, case):
+    difference = (llada(torch.tensor(case["input_ids"])) - torch.from_numpy(DATA["logits." + case["logits"]])).abs().max().item()
+    assert difference < 1e-3, f"largest difference {difference}"
+
+
+def settings(case):
+    a, blocks = case["args"], case["order"]
+    how = dict(cache=case["algorithm"].replace("baseline", "none"), steps=a["steps"], gen_length=a["gen_length"], block_length=a["block_length"],
+               refresh=a.get("cache_reloading_step"), window=a.get("window_size", 4))
+    order = blocks and [sum((block[row] for block in blocks), []) for row in range(len(case["prompt"]))]
+    return how, order
+
+
+@pytest.mark.parametrize("case", DOC["cases"], ids=lambda c: c["name"])
+def test_every_step(llada, case):
+    how, order = settings(case)
+    T = len(case["prompt"][0]) + how["gen_length"]
+    x = torch.tensor([p + [llada.config.mask_id] * how["gen_length"] for p in case["prompt"]])
+    expected = iter(case["steps"])
+
+    def on_step(step, tokens, run, decoded):
+        s = next(expected)
+        for row, transfers in enumerate(s["transfers"]):
+            for position, token in transfers:
+                x[row, position] = token
+            assert decoded[row].nonzero().flatten().tolist() == [position for position, _ in transfers], f"revealed in step {step}"
+            assert run[row].nonzero().flatten().tolist() == (s["fed"][row] if s["fed"] else list(range(T))), f"run in step {step}"
+        assert torch.equal(tokens, x), f"tokens after step {step}"
+
+    result = generate(llada, case["prompt"], order=order, cfg_scale=case["args"]["cfg_scale"], on_step=on_step, **how)
+    assert next(expected, None) is None and result.forwards == len(case["steps"])
+    assert result.tokens == case["final"]
+    assert result.positions_run == [cache_cost(T - how["gen_length"], **how)] * len(x)
+
+
+@pytest.mark.parametrize("case", [c for c in DOC["cases"] if c["step_logits_keys"]], ids=lambda c: c["name"])
+def test_logits_of_cached_steps(llada, case):
+    """All positions that a step runs, not just those that can be revealed."""
+    how, order = settings(case)
+    cfg, steps = case["args"]["cfg_scale"], []
+
+    class Spy:
+        config, wte = llada.config, llada.wte
+
+        def __call__(self, tokens, pos, cache, rows, pad):
+            logits = llada(tokens, pos, cache, None, pad)
+            steps.append((pos, logits))
+            return gather_rows(logits, rows)
+
+    generate(Spy(), case["prompt"], order=order, cfg_scale=cfg, **how)
+    for step, key in case["step_logits_keys"].items():
+        pos, logits = steps[int(step)]
+        if pos is not None:
+            logits = gather_rows(logits, pos.argsort(1))
+        if cfg:
+            logits, free = logits.chunk(2)
+            logits = free + (cfg + 1) * (logits - free)
+        difference = (logits - torch.from_numpy(DATA["logits." + key])).abs().max().item()
+        assert difference < 1e-3, f"step {step}: largest difference {difference}"

@@ -1,0 +1,184 @@
+"""The network, the loss, the tokenizer and the checkpoint file.
+
+python -m pytest tests/test_model.py"""
+import io
+import zipfile
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_model
+
+import model as m
+from dkv_min import KVCache
+from train_tiny import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer("the cat sat on the mat and the dog sat on the cat 1234 " * 20, 270)
+
+
+def tokens_for(model, B=2, T=20):
+    return torch.randint(3, 40, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+def test_llada_is_one_setting():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in m.DiffusionLM(m.LLADA_8B).parameters()) == 8_015_581_184
+
+
+def test_rows_are_rows_of_the_whole(model):
+    x, rows = tokens_for(model), torch.tensor([[3, 0, 19], [7, 7, 1]])
+    difference = (model(x, rows=rows) - m.gather_rows(model(x), rows)).abs().max()
+    assert difference < 1e-12, f"largest difference {difference}"
+
+
+def test_running_some_positions_against_the_cache_of_all(model):
+    """With unchanged tokens the cached K/V are the right ones, in any order of positions."""
+    x, pos = tokens_for(model), torch.tensor([[5, 2, 11], [0, 19, 4]])
+    cache = KVCache(model, 2, 20)
+    whole = model(x, cache=cache)
+    some = model(x.gather(1, pos), pos, cache)
+    assert (some - m.gather_rows(whole, pos)).abs().max() < 1e-12
+
+
+def test_left_padding_changes_nothing(model):
+    x = tokens_for(model, B=1, T=12)
+    padded = torch.cat([torch.full((1, 5), 3), x], 1)
+    difference = (model(padded, pad=torch.tensor([5]))[:, 5:] - model(x)).abs().max()
+    assert difference < 1e-12, f"largest difference {difference}"
+
+
+@pytest.mark.parametrize("n_kv_head, bias", [(4, False), (2, False), (1, True)])
+def test_attention_against_plain_arithmetic(n_kv_head, bias):
+    model = random_model(n_kv_head=n_kv_head, qkv_bias=bias, n_layer=1)
+    a = model.blocks[0].attn
+    for linear in (a.q, a.k, a.v):
+        if bias:
+            linear.bias.data.normal_(generator=torch.Generator().manual_seed(2))
+    x = torch.randn(2, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    angle = torch.arange(9).double()[:, None] * (10000.0 ** (-torch.arange(4).double() / 4))  # (T, hs/2)
+    turn = torch.polar(torch.ones_like(angle), angle)
+
+    def heads(linear, n):  # (B, n, T, hs), rotated as complex numbers x_i + j x_(i + hs/2)
+        h = (x @ linear.weight.T + (linear.bias if bias else 0)).view(2, 9, n, 8).transpose(1, 2)
+        return h, torch.cat([(torch.complex(h[..., :4], h[..., 4:]) * turn).real, (torch.complex(h[..., :4], h[..., 4:]) * turn).imag], -1)
+
+    q, k, v = heads(a.q, 4)[1], heads(a.k, n_kv_head)[1], heads(a.v, n_kv_head)[0]
+    k, v = (t.repeat_interleave(4 // n_kv_head, dim=1) for t in (k, v))
+    y = ((q @ k.transpose(2, 3) / 8 ** 0.5).softmax(-1) @ v).transpose(1, 2).reshape(2, 9, 32) @ a.o.weight.T
+    angles = m.rope_angles(torch.arange(9)[None], 8, 10000.0).expand(2, -1, -1)
+    rope = angles.cos(), angles.sin()
+    difference = (a(x, x, rope, rope, None, lambda k, v: (k, v)) - y).abs().max()
+    assert difference < 1e-5, f"largest difference {difference}"  # the angles are float32
+
+
+def test_noise_and_loss(model):
+    g = torch.Generator().manual_seed(0)
+    frozen = torch.arange(40).expand(4000, -1) < 10
+    masked, weight = m.diffusion_noise(frozen, generator=g)
+    assert not (masked & frozen).any()
+    assert abs(masked[:, 10:].float().mean() - 0.5) < 0.02  # t is uniform
+    # 1/p makes the number of masks an unbiased count of the free positions: weights of a batch sum to 1
+    assert abs((masked * weight).sum() - 1) < 0.02
+    x, frozen = tokens_for(model), torch.arange(20).expand(2, -1) < 6
+    masked, weight = m.diffusion_noise(frozen, generator=g)
+    p = 1 / (weight * 14 * 2)
+    logits = model(torch.where(masked, 40, x))
+    by_hand = sum(-F.log_softmax(logits[b, q].float(), -1)[x[b, q]] / p[b, q] / 14 / 2 for b, q in masked.nonzero())
+    assert abs(m.diffusion_loss(model, x, masked, weight) - by_hand) < 1e-4
+
+
+def test_tokenizer(tokenizer):
+    for text in ("the cat 12", "  é\n\t中文 \U0001f600", "<|mask|> is text", ""):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and not set(ids) & set(tokenizer.special.values())
+    assert len(tokenizer.encode("2048")) == 4  # digits one by one
+    assert tokenizer.decode([tokenizer.special["<|eos|>"], 10**9, -1, 255]) == "<|eos|>\ufffd"
+    assert tokenizer.encode("the cat") == m.Tokenizer.from_state(tokenizer.state()).encode("the cat")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_save_and_load(tmp_path, tokenizer, dtype):
+    model = random_model(dtype=dtype)
+    model.extra = {"note": "kept"}
+    m.save(tmp_path / "a.pt", model, tokenizer)
+    again, t = m.load(tmp_path / "a.pt")
+    assert again.config == model.config and again.extra == model.extra and not again.training and again.wte.weight.dtype == dtype
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    assert t.encode("the cat") == tokenizer.encode("the cat") and t.special == tokenizer.special
+    x = tokens_for(model)
+    assert torch.equal(m.load(tmp_path / "a.pt", dtype=torch.float32)[0](x), model.float()(x))
+    m.save(tmp_path / "b.pt", model)
+    assert m.load(tmp_path / "b.pt")[1] is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "b.pt"]  # no temporary file left
+
+
+class Explosive:
+    def __reduce__(self):
+        return print, ("code from the file was run",)
+
+
+def rezip(path, target, compression):
+    with zipfile.ZipFile(path) as a, zipfile.ZipFile(target, "w", compression) as b:
+        for name in a.namelist():
+            b.writestr(name, a.read(name))
+
+
+def test_bad_files_are_refused_in_one_sentence(tmp_path, capfd):
+    model, good = random_model(dtype=torch.float32), tmp_path / "good.pt"
+    m.save(good, model)
+    data = torch.load(good, weights_only=True)
+
+    def saved(change):
+        copy = {**data, "weights": dict(data["weights"]), "config": dict(data["config"])}
+        change(copy)
+        torch.save(copy, tmp_path / "bad.pt")
+
+    def raw(content):
+        (tmp_path / "bad.pt").write_bytes(content)
+
+    faults = {
+        "missing": (lambda: (tmp_path / "bad.pt").unlink(missing_ok=True), "there is no checkpoint"),
+        "empty": (lambda: raw(b""), "truncated"),
+        "text": (lambda: raw(b"hello" * 100), "truncated"),
+        "cut in half": (lambda: raw(good.read_bytes()[:20000]), "truncated"),
+        "compressed": (lambda: rezip(good, tmp_path / "bad.pt", zipfile.ZIP_DEFLATED), "compressed"),
+        "code": (lambda: torch.save({"format": "dkv-min 1", "x": Explosive()}, tmp_path / "bad.pt"), "more than tensors"),
+        "foreign": (lambda: torch.save({"state_dict": {}}, tmp_path / "bad.pt"), "no checkpoint of dkv-min"),
+        "a tensor": (lambda: torch.save(torch.ones(3), tmp_path / "bad.pt"), "no checkpoint of dkv-min"),
+        "lost weight": (lambda: saved(lambda d: d["weights"].pop("norm.weight")), "norm.weight is missing"),
+        "one weight too many": (lambda: saved(lambda d: d["weights"].update(foo=torch.ones(1))), "foo"),
+        "wrong shape": (lambda: saved(lambda d: d["weights"].update({"head.weight": torch.ones(2, 2)})), "head.weight"),
+        "whole numbers": (lambda: saved(lambda d: d["weights"].update({"norm.weight": torch.ones(32, dtype=torch.int64)})), "norm.weight"),
+        "wrong config": (lambda: saved(lambda d: d["config"].update(n_head=5)), "n_embd 32"),
+        "config of text": (lambda: saved(lambda d: d["config"].update(n_layer="3")), "n_layer"),
+        "unknown setting": (lambda: saved(lambda d: d["config"].update(colour=1)), "colour"),
+        "huge": (lambda: saved(lambda d: d["config"].update(vocab_size=2**30, n_vocab=2**30)), "wte.weight"),
+        "no config": (lambda: saved(lambda d: d.pop("config")), "config"),
+        "bad tokenizer": (lambda: saved(lambda d: d.update(tokenizer={"ranks": "YQ== 1\n", "pattern": ".", "special": {}})), "tokenizer"),
+        "a folder": (lambda: ((tmp_path / "bad.pt").unlink(), (tmp_path / "bad.pt").mkdir()), "directory"),
+    }
+    for name, (make, words) in faults.items():
+        make()
+        with pytest.raises(ValueError) as e:
+            m.load(tmp_path / "bad.pt")
+        assert words in str(e.value) and "bad.pt" in str(e.value) and "\n" not in str(e.value), f"{name}: {e.value}"
+    assert "was run" not in capfd.readouterr().out
+
+
+def test_saving_fails_without_harm(tmp_path, monkeypatch):
+    model = random_model()
+    m.save(tmp_path / "a.pt", model)
+    before = (tmp_path / "a.pt").read_bytes()
+
+    def full(data, f):
+        f.write(b"half of it")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match="No space left"):
+        m.save(tmp_path / "a.pt", model)
+    assert (tmp_path / "a.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ValueError, match="cannot write"):
+        m.save(tmp_path / "no" / "such" / "folder.pt", model)
