@@ -11,7 +11,6 @@ the answer has to respect that order, and that is what makes the toy a test of c
 """
 import argparse
 import math
-import os
 import random
 import signal
 import sys
@@ -28,8 +27,8 @@ from model import Config, DiffusionLM, Tokenizer, diffusion_loss, diffusion_nois
 from sample import Parser, cut, is_right, pick_device, run
 
 PRESETS = {  # what the flags below default to
-    "quick": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=32, gen_length=32, block_length=32, ops=[1, 2], steps=3000, batch=64),
-    "bundled": dict(n_layer=4, n_head=7, n_embd=224, prompt_len=64, gen_length=64, block_length=32, ops=[3, 5], steps=6500, batch=32),
+    "quick": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=32, gen_length=32, block_length=32, ops=[1, 2], steps=3000, batch_size=64),
+    "bundled": dict(n_layer=4, n_head=7, n_embd=224, prompt_len=64, gen_length=64, block_length=32, ops=[3, 5], steps=6500, batch_size=32),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,21 +92,27 @@ def story_rows(pairs, tokenizer, prompt_len, gen_length):
 
 
 def sum_rows(rng, B, T, tokenizer):
-    """Rows of bare sums, of which just the results are masked. Departs from LLaDA: a small model that gets stories only
-    learns everything but arithmetic, since under random masks most results cannot be known. -> tokens, masked (B, T)."""
+    """Rows of bare sums, of which just the results have to be found. Departs from LLaDA: under random masks most results
+    cannot be known, and a small model learns all of a story but its arithmetic. Everything behind a random point is masked
+    too, as it is while an answer is decoded, or the skill would not carry over.
+    -> tokens, masked, wanted (B, T): what is seen as a mask, and what of it counts"""
     rows = []
     for _ in range(B):
-        text, ids = "", []
-        while len(ids) < T:
-            for _ in range(T // 8):
-                x, d = rng.randint(0, 99), rng.randint(1, 9)
-                a, b = rng.randint(2, 9), rng.randint(2, 9)
-                text += rng.choice([f"{a}*{b}={a * b}. ", f"{x}+{d}={x + d}. " if x + d <= 99 else "", f"{x}-{d}={x - d}. " if x >= d else ""])
-            ids = tokenizer.encode(text)
-        rows.append(ids[:T])
+        sums = []
+        for _ in range(T // 5):  # no sum has fewer than 5 tokens
+            a, b, x, d = rng.randint(2, 9), rng.randint(2, 9), rng.randint(0, 99), rng.randint(1, 9)
+            kind = rng.choice("*+-")
+            x = min(x, 99 - d) if kind == "+" else max(x, d)
+            sums.append({"*": f"{a}*{b}={a * b}.", "+": f"{x}+{d}={x + d}.", "-": f"{x}-{d}={x - d}."}[kind])
+        rows.append(tokenizer.encode(" ".join(sums))[:T])
     tokens = torch.tensor(rows)
     equals, dot = (tokens == tokenizer.encode("=")[0]), (tokens == tokenizer.encode(".")[0])
-    return tokens, (equals.long().cumsum(1) > dot.long().cumsum(1)) & ~equals
+    result = (equals.long().cumsum(1) > dot.long().cumsum(1)) & ~equals
+    end = torch.tensor([rng.randint(T // 8, T * 3 // 2) for _ in range(B)])[:, None]  # behind the row's own end: all is visible
+    behind = torch.arange(T) >= end
+    # a result that has begun before the point counts, even where the point cuts it; those behind it do not
+    begun = torch.where(result, (equals & ~behind).long().cumsum(1) == equals.long().cumsum(1), False)
+    return tokens, result | behind, begun
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the tokenizer: byte-level BPE, cut into pieces as LLaDA's, digits one by one
@@ -169,17 +174,17 @@ class Problems:
         args, rng = self.args, random.Random(f"{self.args.seed} {step}")
         g = torch.Generator().manual_seed(rng.getrandbits(60))
         # first bare sums alone, then stories with a quarter of sums among them
-        n_sums = args.batch if step < args.sums * args.steps else args.batch // 4
+        n_sums = args.batch_size if step < args.sums * args.steps else args.batch_size // 4
         T = args.prompt_len + args.gen_length
-        tokens, masked = sum_rows(rng, n_sums, T, self.tokenizer)
-        weight = (1 / (masked.sum(1, keepdim=True).clamp(min=1) * args.batch)).expand(-1, T)
+        tokens, masked, wanted = sum_rows(rng, n_sums, T, self.tokenizer)
+        weight = wanted / (wanted.sum(1, keepdim=True).clamp(min=1) * args.batch_size)
         pad = torch.zeros(n_sums, dtype=torch.int64)
-        if n_sums < args.batch:
-            pairs = problems(rng, args.batch - n_sums, args.ops, test=False)
+        if n_sums < args.batch_size:
+            pairs = problems(rng, args.batch_size - n_sums, args.ops, test=False)
             story, story_pad, frozen = story_rows(pairs, self.tokenizer, args.prompt_len, args.gen_length)
             noise = diffusion_noise(frozen, generator=g)
             tokens, pad = torch.cat([tokens, story]), torch.cat([pad, story_pad])
-            masked, weight = torch.cat([masked, noise[0]]), torch.cat([weight, noise[1] * len(pairs) / args.batch])
+            masked, weight = torch.cat([masked, noise[0]]), torch.cat([weight, noise[1] * len(pairs) / args.batch_size])
         return tokens, masked, weight, pad
 
 
@@ -208,7 +213,7 @@ class Text:
     def batch(self, step):
         g = torch.Generator().manual_seed(random.Random(f"{self.args.seed} {step}").getrandbits(60))
         T = self.args.prompt_len + self.args.gen_length
-        start = torch.randint(len(self.train) - T + 1, (self.args.batch, 1), generator=g)
+        start = torch.randint(len(self.train) - T + 1, (self.args.batch_size, 1), generator=g)
         tokens = self.train[start + torch.arange(T)]
         return tokens, *diffusion_noise(torch.zeros_like(tokens, dtype=torch.bool), generator=g), None
 
@@ -262,7 +267,7 @@ def parse_args(argv=None):
     g.add_argument("--vocab", type=int, default=512, help="tokens, 258 or more (512)")
     g = p.add_argument_group("optimization")
     g.add_argument("--steps", type=int)
-    g.add_argument("--batch", type=int, metavar="ROWS")
+    g.add_argument("--batch-size", type=int, metavar="ROWS")
     g.add_argument("--lr", type=float, default=0.02, help="Muon's, for the matrices (0.02)")
     g.add_argument("--lr-adam", type=float, default=0.003, help="AdamW's, for embedding, head and norms (0.003)")
     g.add_argument("--sums", type=float, default=0.1, help="share of the steps that see bare sums only (0.1)")
@@ -275,7 +280,7 @@ def parse_args(argv=None):
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, low in dict(n_layer=1, n_head=1, n_embd=2, prompt_len=1, gen_length=2, vocab=258, steps=1, batch=1, val_every=1, threads=1, eval=0, seed=0).items():
+    for name, low in dict(n_layer=1, n_head=1, n_embd=2, prompt_len=1, gen_length=2, vocab=258, steps=1, batch_size=1, val_every=1, threads=1, eval=0, seed=0).items():
         value = getattr(args, name)
         if value is not None and value < low:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, and has to be at least {low}")
@@ -284,81 +289,111 @@ def parse_args(argv=None):
     return args
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    start = {}
-    if args.resume:
-        start = load_file(args.out + ".train")
-        kept = dict(start["args"], device=args.device, threads=args.threads, amp=args.amp, out=args.out, eval=args.eval)
-        args = argparse.Namespace(**kept)
-    device = pick_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    cpu = torch.cpu.get_capabilities()
-    amp = {"on": True, "off": False}.get(args.amp, device == "cuda" or cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False))
+# ---------------------------------------------------------------------------------------------------------------------
+# training
 
-    # data, model, optimizers
-    data = Text(args) if args.data else Problems(args)
-    special = data.tokenizer.special
-    n = max(special.values()) + 1
+def build(args, data, device):
+    """-> the model, and its optimizers: Muon for the matrices of the blocks, AdamW for embedding, head and norms."""
+    special, T = data.tokenizer.special, args.prompt_len + args.gen_length
+    vocab = max(special.values()) + 1
+    config = Config(n_layer=args.n_layer, n_head=args.n_head, n_kv_head=args.n_head, n_embd=args.n_embd, n_ff=-(-args.n_embd * 8 // 96) * 32,
+                    vocab_size=vocab, n_vocab=vocab, max_len=2 * T, mask_id=special["<|mask|>"], eos_id=special["<|eos|>"])
+    if fault := config.fault():
+        raise ValueError(fault)
     torch.manual_seed(args.seed)
-    model = DiffusionLM(Config(
-        n_layer=args.n_layer, n_head=args.n_head, n_kv_head=args.n_head, n_embd=args.n_embd, n_ff=-(-args.n_embd * 8 // 3 // 32) * 32,
-        vocab_size=n, n_vocab=n, max_len=2 * (args.prompt_len + args.gen_length), mask_id=special["<|mask|>"], eos_id=special["<|eos|>"]))
-    model.extra = data.extra
-    model.to(device)
+    model = DiffusionLM(config).to(device)
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    others = [p for name, p in model.named_parameters() if p.dim() < 2 or not name.startswith("blocks")]
-    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.0), torch.optim.AdamW(others, lr=args.lr_adam, betas=(0.9, 0.98), weight_decay=0.0)]
-    rates = [args.lr, args.lr_adam]
-    if start:
-        model.load_state_dict(start["weights"])
-        for o, state in zip(optimizers, start["optimizers"]):
-            o.load_state_dict(state)
-    best, first = start.get("best", float("inf")), start.get("step", 0)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.steps} steps of {args.batch} x {args.prompt_len + args.gen_length} tokens, "
-          f"{device}, {torch.get_num_threads()} threads, {'bfloat16 autocast' if amp else 'float32'}")
+    others = [p for name, p in model.named_parameters() if p.dim() == 1 or not name.startswith("blocks")]
+    return model, [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.0),
+                   torch.optim.AdamW(others, lr=args.lr_adam, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def load_state(path):
+    """What FILE.train keeps: flags, weights, optimizers, the number of steps taken. Random numbers need no state: those of
+    a step are drawn from (seed, step)."""
+    state = load_file(path)
+    if not isinstance(state, dict) or not {"args", "step", "best", "weights", "optimizers"} <= set(state):
+        raise ValueError(f"{path} is not what train_tiny.py keeps for --resume")
+    return state
+
+
+def save_model(path, model, data):
+    half = DiffusionLM(model.config).to(torch.bfloat16)
+    half.load_state_dict(model.state_dict())
+    half.extra = data.extra
+    save(path, half, data.tokenizer)
+
+
+def train(args, data, model, optimizers, state, device, amp):
+    """Trains up to args.steps, saving the model whenever its validation loss is the best so far, and what --resume needs.
+    -> True, or False if it was interrupted."""
+    best, rates = state.get("best", float("inf")), [args.lr, args.lr_adam]
+    stopped = []  # Ctrl-C ends the run between two steps: what is saved is a state that an unbroken run passes through
+    signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
 
     def keep(step):
         save_file(args.out + ".train", {"args": vars(args), "step": step, "best": best, "weights": model.state_dict(),
                                         "optimizers": [o.state_dict() for o in optimizers]})
 
-    # Ctrl-C ends the run between two steps, so that what is saved is a state that an unbroken run would pass through
-    stopped = []
-    signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
-    smooth = None
+    smooth, first = None, state.get("step", 0)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
     for step in bar:
-        scale = min(1, (step + 1) / 100, (args.steps - step) / (0.5 * args.steps))  # warm up, hold, down to zero
-        for o, rate in zip(optimizers, rates):
-            for group in o.param_groups:
-                group["lr"] = rate * scale
         began = time.time()
+        scale = min(1, (step + 1) / 100, 2 * (args.steps - step) / args.steps)  # warm up, hold, from the middle on down to 0
+        for optimizer, rate in zip(optimizers, rates):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * scale
         batch = [t if t is None else t.to(device) for t in data.batch(step)]
         with torch.autocast(device, torch.bfloat16, enabled=amp):
             loss = diffusion_loss(model, *batch)
         loss.backward()
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss is {loss.item()} at step {step}: lower --lr and start again; {args.out} keeps the best model so far")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o in optimizers:
-            o.step()
-            o.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        bar.set_postfix_str(f"loss {smooth:.3f}, {batch[0].numel() / (time.time() - began):,.0f} tokens/s")
-        if (step + 1) % args.val_every == 0 or step + 1 == args.steps or stopped:
+        bar.set_postfix_str(f"loss {smooth:.3f}, {batch[0].numel() / (time.time() - began):,.0f} tokens/s", refresh=False)
+        if (step + 1) % args.val_every == 0 or step + 1 == args.steps:
             val = validate(model, data.val, device, amp)
             bar.write(f"step {step + 1}: validation {val:.4f} nats per token")
             if val < best:
                 best = val
-                half = DiffusionLM(model.config).to(torch.bfloat16)
-                half.load_state_dict(model.state_dict())
-                half.extra = data.extra
-                save(args.out, half, data.tokenizer)
+                save_model(args.out, model, data)
+            keep(step + 1)
+        elif stopped:
+            if best == float("inf"):  # nothing validated yet: a model that hardly learned is better than none
+                save_model(args.out, model, data)
             keep(step + 1)
         if stopped:
             bar.close()
-            print(f"stopped: python train_tiny.py --resume --out {args.out} goes on from step {step + 1}")
-            return 130
-    print(f"{args.out}: validation {best:.4f} nats per token" + (f", {best / data.bytes_per_token:.4f} nats per byte" if args.data else ""))
+            print(f"stopped after step {step + 1}; to go on: python train_tiny.py --resume --out {args.out}")
+            return False
+    print(f"best validation {best:.4f} nats per token" + (f", {best / data.bytes_per_token:.4f} nats per byte" if args.data else "") + f": {args.out}")
+    return True
+
+
+def main(argv=None):
+    args, state = parse_args(argv), {}
+    if args.resume:
+        state = load_state(args.out + ".train")
+        args = argparse.Namespace(**{**state["args"], **{k: getattr(args, k) for k in ("out", "eval", "device", "threads", "amp")}})
+    device = pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cpu = torch.cpu.get_capabilities()
+    amp = args.amp == "on" or args.amp == "auto" and bool(device == "cuda" or cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+    data = Text(args) if args.data else Problems(args)
+    model, optimizers = build(args, data, device)
+    if state:
+        model.load_state_dict(state["weights"])
+        for optimizer, kept in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(kept)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.steps} steps of {args.batch_size} rows of {args.prompt_len + args.gen_length} tokens, "
+          f"{device}, {torch.get_num_threads()} threads, {'bfloat16 autocast' if amp else 'float32'}")
+    if not train(args, data, model, optimizers, state, device, amp):
+        return 130
     if args.eval and not args.data:
         exact_answers(args.out, min(args.eval, len(data.extra["problems"])), device)
     return 0

@@ -1,0 +1,187 @@
+"""The command line, as a user types it: the real script in a process of its own, with good and with bad input.
+
+python -m pytest tests/test_sample.py"""
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, random_model
+
+from dkv_min import generate
+from model import load, save
+from sample import main, run
+from train_tiny import held_out, build_tokenizer
+
+QUESTION = "Anna has 3 boxes of 4 pens. She loses 5. How many pens are left?"
+
+
+def sample(*flags, code=0, **how):
+    p = subprocess.run([sys.executable, str(ROOT / "sample.py"), *map(str, flags)], capture_output=True, timeout=200, **how)
+    p.out, p.err = p.stdout.decode(), p.stderr.decode()
+    assert p.returncode == code, p.out + p.err
+    assert "Traceback" not in p.err
+    return p
+
+
+def objects(*flags):
+    """The lines of --json; in this process, to save the seconds of starting one."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main([*map(str, flags), "--json"]) == 0
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A checkpoint with neither problems nor tokenizer."""
+    path = tmp_path_factory.mktemp("bare") / "bare.pt"
+    save(path, random_model(dtype=torch.float32))
+    return path
+
+
+@pytest.fixture(scope="module")
+def wordy(tmp_path_factory):
+    """Random weights with a tokenizer: its text is anything, control characters included."""
+    path = tmp_path_factory.mktemp("wordy") / "wordy.pt"
+    tokenizer = build_tokenizer("some text ", 258)
+    save(path, random_model(dtype=torch.float32, vocab_size=260, n_vocab=258, mask_id=257, eos_id=256, eot_id=None), tokenizer)
+    return path
+
+
+def test_no_flags(tmp_path):
+    """The main job: questions that were held out, every cache, right or wrong, a table with counts and the fair rival."""
+    p = sample(cwd=tmp_path)
+    questions = re.findall(r"^(\S.*)\n  none, low_confidence", p.out, re.M)
+    model, _ = load(ROOT / "checkpoints" / "tiny.pt")
+    assert len(questions) == 8 and [q for q, _ in model.extra["problems"][:8]] == questions
+    for question, answer in model.extra["problems"]:
+        assert held_out(tuple([int(n) for n in re.findall(r"(\d)\*(\d)=", answer)[0]] + [int(a + b) for a, b in re.findall(r"\d([+-])(\d)=", answer)]))
+    table = [re.split(r" {2,}", line.strip()) for line in p.out.split("\n\n")[-1].splitlines()[1:]]
+    assert [row[:2] for row in table[1:]] == [["none", "low_confidence"], ["decode", "low_confidence"], ["none", "left_to_right"],
+                                              ["greedy", "left_to_right"], ["none", "low_confidence"]]
+    for row in table[1:]:  # the table counts what stands above it
+        name = f"{row[0]}, {row[1]}, {row[3]} steps"
+        marks = re.findall(rf"^  {name} +(right|wrong)  .*#### ?(\d*)$", p.out, re.M)
+        assert row[4] == f"{sum(m == 'right' for m, _ in marks)}/8", (row, marks)
+    ran = [int(row[5].replace(",", "")) for row in table[1:]]
+    assert ran[1] < ran[0] and ran[3] < ran[2] == ran[0] == 2 * ran[4]
+
+
+def test_the_bundled_model_answers():
+    model, tokenizer = load(ROOT / "checkpoints" / "tiny.pt", dtype=torch.float32)
+    assert (ROOT / "checkpoints" / "tiny.pt").stat().st_size <= 8e6
+    extra, right = model.extra, 0
+    pairs = extra["problems"][:60]
+    r = generate(model, [tokenizer.encode(extra["template"].replace("{}", q)) for q, _ in pairs], gen_length=extra["gen_length"], block_length=extra["block_length"])
+    for (_, answer), tokens in zip(pairs, r.tokens):
+        right += tokenizer.decode(tokens[-extra["gen_length"]:]).split("<|eos|>")[0] == answer
+    assert right >= 30, f"{right} of 60 worked answers right"
+
+
+def test_json_agrees_with_the_library():
+    fields = ["index", "prompt", "cache", "prompt_ids", "ids", "text", "forwards", "positions_run", "positions_full", "seconds"]
+    found = objects("--prompt", QUESTION, "--prompt", "Short?", "--cache", "all", "--temperature", 0.7, "--seed", 3)
+    assert [list(o) for o in found] == [fields] * 6
+    assert [(o["index"], o["cache"]) for o in found] == [(i, c) for i in (0, 1) for c in ("none", "decode", "greedy")]
+    model, tokenizer = load(ROOT / "checkpoints" / "tiny.pt")
+    for o in found:
+        assert o["prompt_ids"] == tokenizer.encode(model.extra["template"].replace("{}", o["prompt"]))
+        assert len(o["ids"]) == model.extra["gen_length"] == o["forwards"] and o["seconds"] > 0
+        ids = o["ids"][:o["ids"].index(model.config.eos_id)] if model.config.eos_id in o["ids"] else o["ids"]
+        assert o["text"] == tokenizer.decode(ids)
+        assert o["positions_full"] == o["forwards"] * (len(o["prompt_ids"]) + len(o["ids"]))
+        assert (o["positions_run"] < o["positions_full"]) == (o["cache"] != "none")
+
+
+def test_answers_depend_neither_on_the_batch_nor_on_the_rest(tmp_path):
+    (tmp_path / "p.txt").write_text(f"{QUESTION}\n\nBen has 2 bags of 9 cups.\nHow many?\n")
+    how = ("--prompts", tmp_path / "p.txt", "--temperature", 1, "--remasking", "random", "--cache", "greedy")
+    alone, together = ([o["ids"] for o in objects(*how, "--batch-size", n)] for n in (1, 3))
+    assert alone == together and len(alone) == 3
+    assert alone != [o["ids"] for o in objects(*how, "--seed", 1)]
+
+
+def test_prompts_from_everywhere(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "one\ntwo", "other": 1}) + "\n\n" + json.dumps({"prompt": "é"}) + "\n")
+    assert [o["prompt"] for o in objects("--prompts", tmp_path / "p.jsonl", "--steps", 2)] == ["one\ntwo", "é"]
+    piped = sample("--prompts", "-", "--steps", 2, "--json", input="a\r\n\nb\n".encode())
+    assert [json.loads(line)["prompt"] for line in piped.out.splitlines()] == ["a", "b"]
+    assert [(o["prompt"], o["prompt_ids"]) for o in objects("--ids", "5, 6,7", "--steps", 2)] == [(None, [5, 6, 7])]
+    assert "<|mask|>" in objects("--prompt", "<|mask|>", "--steps", 2)[0]["prompt"]  # text, not the mask
+
+
+def test_a_checkpoint_without_tokenizer_or_problems(bare, wordy):
+    o = objects("--ckpt", bare, "--ids", "3,4", "--gen-length", 8)[0]
+    assert o["text"] is None and len(o["ids"]) == 8
+    assert "--ids" in sample("--ckpt", bare, "--prompt", "hi", code=2).err
+    out = sample("--ckpt", wordy, "--prompt", "hi", "--gen-length", 32, "--cache", "all").out
+    assert "right" not in out and "exact" not in out and "half" not in out and "16 steps" in out
+    assert all(c == "\n" or c.isprintable() for c in out)  # the model cannot drive the terminal
+
+
+def test_flags_reach_the_library(bare):
+    def run(*flags):
+        return objects("--ckpt", bare, "--ids", "3,4", "--gen-length", 16, *flags)[0]
+    assert run("--cache", "decode", "--refresh", "never")["positions_run"] == run("--cache", "decode", "--refresh", 16)["positions_run"]
+    assert run("--cache", "decode", "--refresh", 1)["ids"] == run("--cache", "none")["ids"]
+    assert run("--cache", "decode", "--no-delay")["positions_run"] < run("--cache", "decode")["positions_run"]
+    assert run("--cache", "greedy", "--window", 0)["positions_run"] < run("--cache", "greedy")["positions_run"]
+    assert run("--cache", "none", "--cfg-scale", 2)["ids"] != run("--cache", "none")["ids"]
+    assert run("--steps", 4, "--block-length", 8)["forwards"] == 4
+    assert 1 not in run("--suppress-eos", "logits")["ids"]
+    assert run("--dtype", "bfloat16", "--device", "cpu", "--stop-at-eos")["forwards"] <= 16
+
+
+def test_a_closed_pipe_is_no_fault(tmp_path):
+    (tmp_path / "p.txt").write_text("hello\n" * 40)
+    p = subprocess.run(f"{sys.executable} {ROOT / 'sample.py'} --prompts {tmp_path / 'p.txt'} --steps 2 --cache all --json | head -n 1", shell=True,
+                       capture_output=True, text=True, timeout=200)
+    assert p.stderr == "" and json.loads(p.stdout)["index"] == 0
+
+
+WRONG = [
+    (["--ckpt", "nothing"], "nothing"), (["--ckpt", str(ROOT / "README.md")], "README.md"), (["--ckpt", str(ROOT)], "directory"), (["--ckpt", "llada"], "convert"),
+    (["--prompts", "/no/such"], "/no/such"), (["--prompts", str(ROOT)], "directory"), (["--ids", "1,x"], "1,x"), (["--ids", "999999"], "999999"), (["--ids", ""], "--ids"),
+    (["--prompt", ""], "empty"), (["--prompt", "caf\udce9"], "UTF-8"), (["--cache", "fast"], "fast"), (["--refresh", "0"], "--refresh"), (["--refresh", "often"], "often"),
+    (["--gen-length", "0"], "gen_length is 0"), (["--gen-length", "10", "--block-length", "4"], "no multiple"), (["--steps", "7", "--block-length", "8"], "steps"),
+    (["--window", "-1", "--cache", "greedy"], "window"), (["--temperature", "-1"], "temperature"), (["--temperature", "nan"], "temperature"), (["--cfg-scale", "-1"], "cfg_scale"),
+    (["--cache", "greedy", "--remasking", "low_confidence"], "greedy"), (["--batch-size", "0"], "--batch-size"), (["--prompt", "word " * 2000], "more than the model"),
+    (["--frobnicate"], "--frobnicate"), (["--seed", "x"], "x"), (["--block-length", "0"], "block_length is 0"), (["--gen-length", "-8"], "gen_length"),
+]
+
+
+@pytest.mark.parametrize("flags, words", WRONG, ids=lambda w: str(w)[:40])
+def test_user_errors_are_one_sentence(flags, words, capsys, monkeypatch):
+    """In this process, to save the seconds of starting one; the next test has the whole way."""
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    with pytest.raises(SystemExit) as e:
+        run(lambda: main(flags))
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and words in err and err.count("\n") == 1 and out == "", err
+
+
+@pytest.mark.parametrize("flags, words", [(["--prompt", b"caf\xe9"], "UTF-8"), (["--ckpt", "nothing"], "nothing"), (["--frobnicate"], "--frobnicate"),
+                                          (["--steps", "7", "--block-length", "8"], "steps")])
+def test_user_errors_in_a_process_of_their_own(flags, words):
+    p = subprocess.run([sys.executable, str(ROOT / "sample.py"), *flags], capture_output=True, text=True, timeout=200)
+    assert p.returncode == 2 and words in p.stderr and p.stderr.count("\n") == 1 and p.stdout == "", p.stderr
+
+
+def test_input_that_is_not_utf8(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    assert "not UTF-8" in sample("--prompts", tmp_path / "latin.txt", code=2).err
+    assert "not UTF-8" in sample("--prompts", "-", code=2, input=b"\xff\xfe").err
+    (tmp_path / "bad.jsonl").write_text('{"question": "x"}\n')
+    assert "`prompt`" in sample("--prompts", tmp_path / "bad.jsonl", code=2).err
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert "no prompt" in sample("--prompts", tmp_path / "empty.txt", code=2).err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_asked_for_and_absent():
+    assert "CUDA" in sample("--device", "cuda", code=2).err
