@@ -218,22 +218,23 @@ def diffusion_noise(frozen, eps=1e-3, generator=None):
     (LLaDA, arXiv 2502.09992, section 2; its GUIDELINES.md).
 
     frozen (B, T) bool: positions that are never masked, the prompt and the padding. None frozen is the pretraining form.
-    -> masked (B, T) bool, weight (B, T) float32: 1/p, over the row's free positions, over B
+    -> masked (B, T) bool, weight (B, T) float32: 1/p over the number of the row's free positions
     """
     B, T = frozen.shape
     t = 1 - torch.rand(B, 1, device=frozen.device, generator=generator)
     p = (1 - eps) * t + eps
     masked = (torch.rand(B, T, device=frozen.device, generator=generator) < p) & ~frozen
     free = (~frozen).sum(1, keepdim=True).clamp(min=1)  # the length of the answer, EOS padding counted
-    return masked, (1 / (p * free * B)).expand(B, T)
+    return masked, (1 / (p * free)).expand(B, T)
 
 
 def diffusion_loss(model, tokens, masked, weight, pad=None):
-    """Cross entropy of the masked tokens, each times its weight, summed: an upper bound of the negative log likelihood in
-    nats per token, if masks and weights come from diffusion_noise. tokens (B, T) int64 -> () float32."""
+    """Cross entropy of the masked tokens, each times its weight, summed over a row and averaged over the rows. With masks
+    and weights of diffusion_noise it is LLaDA's bound on the negative log likelihood, in nats per free token.
+    tokens (B, T) int64, masked (B, T) bool, weight (B, T) float32, pad (B,) as in forward -> () float32."""
     logits = model(tokens.masked_fill(masked, model.config.mask_id), pad=pad)
     ce = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-    return (ce * weight * masked).sum()
+    return (ce * weight * masked).sum() / len(tokens)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the tokenizer

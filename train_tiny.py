@@ -92,10 +92,7 @@ def story_rows(pairs, tokenizer, prompt_len, gen_length):
 
 
 def sum_rows(rng, B, T, tokenizer):
-    """Rows of bare sums, of which just the results have to be found. Departs from LLaDA: under random masks most results
-    cannot be known, and a small model learns all of a story but its arithmetic. Everything behind a random point is masked
-    too, as it is while an answer is decoded, or the skill would not carry over.
-    -> tokens, masked, wanted (B, T): what is seen as a mask, and what of it counts"""
+    """Rows of bare sums (B, T): arithmetic without a story around it."""
     rows = []
     for _ in range(B):
         sums = []
@@ -105,14 +102,24 @@ def sum_rows(rng, B, T, tokenizer):
             x = min(x, 99 - d) if kind == "+" else max(x, d)
             sums.append({"*": f"{a}*{b}={a * b}.", "+": f"{x}+{d}={x + d}.", "-": f"{x}-{d}={x - d}."}[kind])
         rows.append(tokenizer.encode(" ".join(sums))[:T])
-    tokens = torch.tensor(rows)
-    equals, dot = (tokens == tokenizer.encode("=")[0]), (tokens == tokenizer.encode(".")[0])
-    result = (equals.long().cumsum(1) > dot.long().cumsum(1)) & ~equals
-    end = torch.tensor([rng.randint(T // 8, T * 3 // 2) for _ in range(B)])[:, None]  # behind the row's own end: all is visible
-    behind = torch.arange(T) >= end
-    # a result that has begun before the point counts, even where the point cuts it; those behind it do not
-    begun = torch.where(result, (equals & ~behind).long().cumsum(1) == equals.long().cumsum(1), False)
-    return tokens, result | behind, begun
+    return torch.tensor(rows, dtype=torch.int64).view(B, T)
+
+
+def mask_results(rng, tokens, tokenizer, chain):
+    """Masks that ask for arithmetic: all behind a random result is masked, as it is while an answer is decoded; what counts
+    are the results up to there (chain: that last one alone, since the next sum begins with the result of the one before).
+    Half of them show their first digit. Departs from LLaDA's uniform masks, under which most results cannot be known, and a
+    small model learns all of a story but its sums. -> masked (B, T), weight (B, T) that sums to 1 in every row"""
+    equal, dot = tokenizer.encode("=")[0], tokenizer.encode(".")[0]
+    masked, wanted = torch.zeros(2, *tokens.shape, dtype=torch.bool)
+    for r, row in enumerate(tokens.tolist()):
+        starts = [i + 1 for i, token in enumerate(row) if token == equal and dot in row[i:]]
+        last = rng.randrange(len(starts))
+        for i in starts[last if chain else 0:last + 1]:
+            end = row.index(dot, i)
+            wanted[r, i + (end - i > 1 and rng.random() < 0.5):end] = True
+        masked[r, end:] = True  # the end of the last result
+    return masked | wanted, wanted / wanted.sum(1, keepdim=True)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the tokenizer: byte-level BPE, cut into pieces as LLaDA's, digits one by one
@@ -172,20 +179,19 @@ class Problems:
 
     def batch(self, step):
         args, rng = self.args, random.Random(f"{self.args.seed} {step}")
-        g = torch.Generator().manual_seed(rng.getrandbits(60))
-        # first bare sums alone, then stories with a quarter of sums among them
-        n_sums = args.batch_size if step < args.sums * args.steps else args.batch_size // 4
-        T = args.prompt_len + args.gen_length
-        tokens, masked, wanted = sum_rows(rng, n_sums, T, self.tokenizer)
-        weight = wanted / (wanted.sum(1, keepdim=True).clamp(min=1) * args.batch_size)
-        pad = torch.zeros(n_sums, dtype=torch.int64)
+        g = torch.Generator().manual_seed(rng.getrandbits(32))
+        # bare sums alone at first; then LLaDA's stories, with some sums and some chains among them
+        n_sums = args.batch_size if step < args.sums * args.steps else args.batch_size // 8
+        n_chains = (args.batch_size - n_sums) // 4
+        sums = sum_rows(rng, n_sums, args.prompt_len + args.gen_length, self.tokenizer)
+        parts = [(sums, *mask_results(rng, sums, self.tokenizer, chain=False), torch.zeros(n_sums, dtype=torch.int64))]
         if n_sums < args.batch_size:
             pairs = problems(rng, args.batch_size - n_sums, args.ops, test=False)
-            story, story_pad, frozen = story_rows(pairs, self.tokenizer, args.prompt_len, args.gen_length)
-            noise = diffusion_noise(frozen, generator=g)
-            tokens, pad = torch.cat([tokens, story]), torch.cat([pad, story_pad])
-            masked, weight = torch.cat([masked, noise[0]]), torch.cat([weight, noise[1] * len(pairs) / args.batch_size])
-        return tokens, masked, weight, pad
+            tokens, pad, frozen = story_rows(pairs, self.tokenizer, args.prompt_len, args.gen_length)
+            chains, stories = slice(n_chains), slice(n_chains, None)
+            parts += [(tokens[chains], *mask_results(rng, tokens[chains], self.tokenizer, chain=True), pad[chains]),
+                      (tokens[stories], *diffusion_noise(frozen[stories], generator=g), pad[stories])]
+        return [torch.cat(column) for column in zip(*parts)]  # tokens, masked, weight, pad
 
 
 class Text:
@@ -211,7 +217,7 @@ class Text:
                       "gen_length": args.gen_length, "block_length": args.block_length}
 
     def batch(self, step):
-        g = torch.Generator().manual_seed(random.Random(f"{self.args.seed} {step}").getrandbits(60))
+        g = torch.Generator().manual_seed(random.Random(f"{self.args.seed} {step}").getrandbits(32))
         T = self.args.prompt_len + self.args.gen_length
         start = torch.randint(len(self.train) - T + 1, (self.args.batch_size, 1), generator=g)
         tokens = self.train[start + torch.arange(T)]
@@ -227,7 +233,7 @@ def validate(model, val, device, amp):
     for rows in torch.arange(len(tokens)).split(64):
         part = (t[rows].to(device) for t in (tokens, masked, weight, pad))
         with torch.autocast(device, torch.bfloat16, enabled=amp):
-            loss += diffusion_loss(model, *part).item()
+            loss += diffusion_loss(model, *part).item() * len(rows) / len(tokens)
     return loss
 
 
@@ -268,7 +274,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("optimization")
     g.add_argument("--steps", type=int)
     g.add_argument("--batch-size", type=int, metavar="ROWS")
-    g.add_argument("--lr", type=float, default=0.02, help="Muon's, for the matrices (0.02)")
+    g.add_argument("--lr", type=float, default=0.01, help="Muon's, for the matrices (0.01)")
     g.add_argument("--lr-adam", type=float, default=0.003, help="AdamW's, for embedding, head and norms (0.003)")
     g.add_argument("--sums", type=float, default=0.1, help="share of the steps that see bare sums only (0.1)")
     g.add_argument("--val-every", type=int, default=250, metavar="STEPS", help="validate and save (250)")
