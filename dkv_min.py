@@ -85,7 +85,7 @@ class Batch:
 # the three loops
 
 def generate_none(model, s):
-    """No cache: every step runs the whole sequence (LLaDA's generate.py)."""
+    """No cache: every step runs the whole sequence. Agrees with llada_generate.py of the authors (LLaDA's generate.py)."""
     for lo in range(s.P, s.T, s.block_length):
         for i, (c, k) in enumerate(s.schedule):
             want = wanted(s, lo, c, k)                                         # (B, m) where a token may be revealed now
@@ -100,13 +100,14 @@ def generate_none(model, s):
 
 
 def generate_decode(model, s):
-    """dKV-Cache-Decode (paper, section 3.2; semantics of the reference: llada_dkv_cache_decode.py)."""
+    """dKV-Cache-Decode. Agrees with llada_dkv_cache_decode.py of the authors. Stale are the K/V of tokens revealed earlier
+    than one step ago, until the next step that runs all."""
     for lo in range(s.P, s.T, s.block_length):
-        cache, just = new_cache(model, s), None                                   # every block starts without a cache
+        cache, just = new_cache(model, s), None                                # every block starts without a cache
         for i, (c, k) in enumerate(s.schedule):
             want = wanted(s, lo, c, k)                                         # (B, m) where a token may be revealed now
             # ----------------------------------------------------------------- which positions run
-            if i < 2 or i % s.refresh == 0:  # all. Step 1 too: it is the first to see a revealed token of this block
+            if i < 2 or i % s.refresh == 0:  # all; also at step 1, as the reference does: it stores nothing at step 0
                 pos, rows = None, want
             else:                            # masks, and what was revealed one step ago; older tokens keep their K/V
                 masks = first_masks(s, lo, s.T - lo - c)                       # (B, all masks), ascending
@@ -121,16 +122,16 @@ def generate_decode(model, s):
 
 
 def generate_greedy(model, s):
-    """dKV-Cache-Greedy (paper, section 3.3; semantics of the reference: llada_dkv_cache_greedy.py). What is revealed next
-    has to be known before the step runs, so this one needs an order known ahead."""
+    """dKV-Cache-Greedy. Agrees with llada_dkv_cache_greedy.py of the authors. Stale are the K/V of all but a handful, masks
+    included. What a step reveals has to be known before it runs, so this one needs an order known ahead."""
     for lo in range(s.P, s.T, s.block_length):
-        cache, just = new_cache(model, s), None                                   # every block starts without a cache
+        cache, just = new_cache(model, s), None                                # every block starts without a cache
         for i, (c, k) in enumerate(s.schedule):
             want = wanted(s, lo, c, k)                                         # (B, k) what will be revealed now
             # ----------------------------------------------------------------- which positions run
-            if i % s.refresh == 0:           # all
+            if i % s.refresh == 0:           # all; step 1 is no exception here
                 pos, rows = None, want
-            else:                            # revealed now, revealed one step ago, a window; others keep K/V, even masks
+            else:                            # revealed now, revealed one step ago, a window; the rest keep K/V, even masks
                 near = window(s, want, s.T - lo - c - k)                       # (B, k * s.window or fewer)
                 pos = torch.cat([want, just, near] if s.delay else [want, near], 1)
                 rows = torch.arange(k, device=pos.device).expand_as(want)
@@ -145,8 +146,8 @@ def generate_greedy(model, s):
 # what the loops share, in the order in which a step uses it
 
 def unmask_schedule(block_length, steps):
-    """How many tokens each of a block's steps reveals: block_length // steps, one more in the first block_length % steps.
-    -> [(revealed before the step, revealed in it)]"""
+    """How many tokens each of a block's steps reveals: block_length // steps, one more in the first block_length % steps
+    (get_num_transfer_tokens of LLaDA's generate.py). -> [(revealed before the step, revealed in it)]"""
     ks = [block_length // steps + (i < block_length % steps) for i in range(steps)]
     return [(sum(ks[:i]), k) for i, k in enumerate(ks)]
 
@@ -188,7 +189,7 @@ def window(s, want, n_free):
 
 def forward(model, s, pos, rows, cache):
     """Runs the columns pos (B, n) (None: all) and returns float32 logits of `rows` of them: (B, m, V), the mask excluded.
-    With guidance (LLaDA, section 2.5) the batch is doubled: the second half has masks for its prompt."""
+    With guidance the batch is doubled, as in LLaDA's generate.py: the second half has masks for its prompt."""
     x = s.x if pos is None else s.x.gather(1, pos)
     pad = s.pad
     if s.cfg_scale:
@@ -240,15 +241,15 @@ def report(s, pos, just):
         s.full[j] += s.T - s.pads[j]
         s.run[j] += s.T - s.pads[j] if pos is None else pos.shape[1]
     if s.on_step:
-        n, live = len(s.out), torch.tensor(s.live, device=s.x.device)
-        shown = s.out.index_copy(0, live, s.x)
-        none = torch.zeros_like(shown, dtype=torch.bool)
-        run, decoded = (none.index_copy(0, live, none[:len(live)].scatter(1, at, True))
-                        for at in (torch.arange(s.T, device=s.x.device).expand_as(s.x) if pos is None else pos, just))
-        # from columns of the padded batch to columns of each prompt; behind a shorter one's end: -1 and False
-        column = torch.arange(s.T, device=s.x.device) + torch.tensor(s.pads, device=s.x.device)[:, None]
+        live, column = torch.tensor(s.live, device=s.x.device), torch.arange(s.T, device=s.x.device)
+        tokens = s.out.index_copy(0, live, s.x)
+        run, decoded = torch.zeros(2, *tokens.shape, dtype=torch.bool, device=s.x.device)
+        run[live] = True if pos is None else run[live].scatter(1, pos, True)
+        decoded[live] = decoded[live].scatter(1, just, True)
+        # from columns of the padded batch to columns of each prompt; behind the end of a shorter one: -1 and False
+        column = column + torch.tensor(s.pads, device=s.x.device)[:, None]
         end, column = column >= s.T, column.clamp(max=s.T - 1)
-        s.on_step(s.forwards - 1, shown.gather(1, column).masked_fill(end, -1), run.gather(1, column) & ~end, decoded.gather(1, column) & ~end)
+        s.on_step(s.forwards - 1, tokens.gather(1, column).masked_fill(end, -1), run.gather(1, column) & ~end, decoded.gather(1, column) & ~end)
 
 
 def finish_block(s, lo):

@@ -135,20 +135,19 @@ def printable(text):
     return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def answer(model, prompts, batch_size, seed, bar, **how):
-    """Prompts (lists of ids) in batches -> [(generated ids, Result of the batch, row in it)]. What is random belongs to the
-    prompt, by seed and index, so that the answers do not depend on the batch size."""
-    answers = []
-    hook = model.register_forward_hook(lambda *_: bar.update())
-    try:
-        for i in range(0, len(prompts), batch_size):
-            part = prompts[i:i + batch_size]
-            rngs = [torch.Generator().manual_seed(random.Random(f"{seed} {i + j}").getrandbits(32)) for j in range(len(part))]
-            result = generate(model, part, generator=rngs, **how)
-            answers += [(tokens[len(p):], result, j) for j, (p, tokens) in enumerate(zip(part, result.tokens))]
-    finally:
-        hook.remove()
-    return answers
+def find_questions(args, extra, tokenizer):
+    """-> [(text, ids, right answer)]: the user's prompts, or else the checkpoint's own, whose answers may be known. What is
+    not known is None."""
+    texts, ids = read_prompts(args), parse_ids(args.ids)
+    pairs = [(text, None) for text in texts]
+    if not texts and not ids:
+        pairs = extra["problems"][:N_DEMO] if "problems" in extra else [(text, None) for text in extra.get("prompts", PROMPTS)]
+        args.cache = args.cache or "all"
+    args.cache = args.cache or "decode"
+    if pairs and tokenizer is None:
+        raise ValueError(f"{args.ckpt} has no tokenizer, so it cannot read text: give the prompt as token ids, with --ids")
+    template = extra.get("template", "{}")  # what stands around a prompt: the toy's ends a question with a newline
+    return [(text, tokenizer.encode(template.replace("{}", text)), right) for text, right in pairs] + ([(None, ids, None)] if ids else [])
 
 
 def plan(args, extra, gen_length, steps, block_length):
@@ -177,10 +176,10 @@ def plan(args, extra, gen_length, steps, block_length):
 
 
 def table(runs, answers, seconds, questions, right):
-    """Text, one line a run. right: how many answers of each run are, or None where that is unknown."""
+    """-> the table under the answers, a line a run. right: how many answers of each run are, None where that is unknown."""
     lines = [["cache", "order", "refresh", "steps", "exact", "positions run", "fewer by", "seconds", "tokens/s", "speed-up", "same tokens"]]
     for i, (how, base) in enumerate(runs):
-        run, full = (sum(getattr(r, name)[j] for _, r, j in answers[i]) for name in ("positions_run", "positions_full"))
+        run, full = (sum(getattr(result, name)[row] for _, result, row in answers[i]) for name in ("positions_run", "positions_full"))
         full *= runs[0][0]["steps"] / how["steps"]  # half the steps are compared with all of them
         tokens = len(questions) * how["gen_length"]
         never = how["refresh"] >= how["block_length"] * how["steps"] / how["gen_length"]
@@ -196,65 +195,76 @@ def table(runs, answers, seconds, questions, right):
     return "\n".join("  ".join(cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(line, widths))) for line in lines)
 
 
+def name(how):
+    return f"{how['cache']}, {how['remasking']}, {how['steps']} steps"
+
+
+def answer(model, tokenizer, questions, runs, args, repeats):
+    """Answers all questions with every run, in turn, batch by batch; with --json prints what is done.
+    -> answers[run][question] = (ids, Result of its batch, row in it), seconds[run]: medians of the repeats"""
+    answers = [[None] * len(questions) for _ in runs]
+    seconds = [[0.0] * repeats for _ in runs]
+    batches = range(0, len(questions), args.batch_size)
+    model(torch.full((1, 8), model.config.mask_id, device=model.wte.weight.device))  # a first call is slow: not to be timed
+    bar = tqdm(total=sum(how["steps"] for how, _ in runs) * len(batches) * repeats, unit="step", disable=None, leave=False)
+    model.register_forward_hook(lambda *_: bar.update())
+    for repeat in range(repeats):
+        for first in batches:
+            part = questions[first:first + args.batch_size]
+            for i, (how, _) in enumerate(runs):
+                bar.set_description(name(how))
+                # what is random belongs to the prompt, by seed and index: answers do not depend on the batch
+                rngs = [torch.Generator().manual_seed(random.Random(f"{args.seed} {first + j}").getrandbits(32)) for j in range(len(part))]
+                result = generate(model, [ids for _, ids, _ in part], generator=rngs, **how)
+                seconds[i][repeat] += result.seconds
+                for j, (tokens, (_, ids, _)) in enumerate(zip(result.tokens, part)):
+                    answers[i][first + j] = tokens[len(ids):], result, j
+            if args.json:
+                for j in range(first, first + len(part)):
+                    for i, (how, _) in enumerate(runs):
+                        print_json(j, questions[j], how["cache"], *answers[i][j], text_of(answers[i][j][0], model, tokenizer))
+    bar.close()
+    return answers, [statistics.median(times) for times in seconds]
+
+
+def text_of(ids, model, tokenizer):
+    return tokenizer.decode(cut(ids, model.config)) if tokenizer else None
+
+
+def print_json(index, question, cache, ids, result, row, text):
+    print(json.dumps({"index": index, "prompt": question[0], "cache": cache, "prompt_ids": question[1], "ids": ids, "text": text, "forwards": result.forwards,
+                      "positions_run": result.positions_run[row], "positions_full": result.positions_full[row], "seconds": result.seconds}), flush=True)
+
+
 def main(argv=None):
     args = parse_args(argv)
-    texts, ids = read_prompts(args), parse_ids(args.ids)
     device = pick_device(args.device)
     model, tokenizer = load_checkpoint(args.ckpt, device, args.dtype)
-    extra, name = model.extra, lambda how: f"{how['cache']}, {how['remasking']}, {how['steps']} steps"
+    questions = find_questions(args, model.extra, tokenizer)
+    graded = all(right is not None for _, _, right in questions)
 
-    # the user's prompts, or the checkpoint's own, of which the right answers may be known
-    pairs = [(text, None) for text in texts]
-    if not texts and not ids:
-        pairs = extra["problems"][:N_DEMO] if "problems" in extra else [(text, None) for text in extra.get("prompts", PROMPTS)]
-        args.cache = args.cache or "all"
-    args.cache = args.cache or "decode"
-    if pairs and tokenizer is None:
-        raise ValueError(f"{args.ckpt} has no tokenizer, so it cannot read text: give the prompt as token ids, with --ids")
-    template = extra.get("template", "{}")
-    questions = [(text, tokenizer.encode(template.replace("{}", text)), right) for text, right in pairs]
-    questions += [(None, ids, None)] if ids else []
-
-    gen_length = extra.get("gen_length", 128) if args.gen_length is None else args.gen_length
+    gen_length = model.extra.get("gen_length", 128) if args.gen_length is None else args.gen_length
     steps = gen_length if args.steps is None else args.steps
-    block_length = extra.get("block_length", gen_length) if args.block_length is None else args.block_length
+    block_length = model.extra.get("block_length", gen_length) if args.block_length is None else args.block_length
     if args.block_length is None and gen_length % block_length:
         block_length = gen_length
-    runs = plan(args, extra, gen_length, steps, block_length)
-    graded = all(right is not None for _, _, right in questions)
-    repeats = 3 if graded and not args.json else 1  # the toy's times are short: take the median of three, in turn
-
-    model(torch.full((1, 8), model.config.mask_id, device=device))  # the first call of a process is slow: keep it out of the times
-    times = []
-    batches = -(-len(questions) // args.batch_size)
-    with tqdm(total=sum(how["steps"] for how, _ in runs) * batches * repeats, unit="step", disable=None, leave=False) as bar:
-        for _ in range(repeats):
-            answers = []
-            for how, _ in runs:
-                bar.set_description(name(how))
-                answers.append(answer(model, [q for _, q, _ in questions], args.batch_size, args.seed, bar, **how))
-            times.append([sum({id(r): r.seconds for _, r, _ in answered}.values()) for answered in answers])
-    seconds = [statistics.median(column) for column in zip(*times)]
-    shown = [[tokenizer.decode(cut(ids, model.config)) if tokenizer else None for ids, *_ in answered] for answered in answers]
-
+    runs = plan(args, model.extra, gen_length, steps, block_length)
+    repeats = 3 if graded and not args.json else 1  # the toy's times are short
+    answers, seconds = answer(model, tokenizer, questions, runs, args, repeats)
     if args.json:
-        for i, (text, prompt_ids, _) in enumerate(questions):
-            for (how, _), answered, texts in zip(runs, answers, shown):
-                ids, r, j = answered[i]
-                print(json.dumps({"index": i, "prompt": text, "cache": how["cache"], "prompt_ids": prompt_ids, "ids": ids, "text": texts[i],
-                                  "forwards": r.forwards, "positions_run": r.positions_run[j], "positions_full": r.positions_full[j], "seconds": r.seconds}))
         return 0
-    for i, (text, prompt_ids, right) in enumerate(questions):
-        print(printable(text) if text is not None else f"ids {prompt_ids}")
-        for (how, _), answered, texts in zip(runs, answers, shown):
-            mark = "" if right is None else "right  " if is_right(texts[i], right) else "wrong  "
-            print(f"  {name(how):34}  {mark}{printable(texts[i]) if tokenizer else answered[i][0]}")
+
+    texts = [[text_of(ids, model, tokenizer) for ids, *_ in answered] for answered in answers]
+    for i, (question, prompt_ids, right) in enumerate(questions):
+        print(printable(question) if question is not None else f"ids {prompt_ids}")
+        for (how, _), answered, said in zip(runs, answers, texts):
+            mark = "" if right is None else "right  " if is_right(said[i], right) else "wrong  "
+            print(f"  {name(how):34}  {mark}{printable(said[i]) if tokenizer else answered[i][0]}")
         print()
-    prompt_lens = sorted(len(q) for _, q, _ in questions)
-    print(f"{device}, {torch.get_num_threads()} threads, {model.wte.weight.dtype}, {len(questions)} prompts of {prompt_lens[0]} to {prompt_lens[-1]} tokens in batches of "
-          f"{min(args.batch_size, len(questions))}, {gen_length} tokens each (EOS padding included), blocks of {block_length}" + (", medians of 3 runs" if repeats > 1 else ""))
-    right = [sum(is_right(t, q[2]) for t, q in zip(texts, questions)) for texts in shown] if graded else None
-    print(table(runs, answers, seconds, questions, right))
+    lengths = sorted(len(ids) for _, ids, _ in questions)
+    print(f"{device}, {torch.get_num_threads()} threads, {str(model.wte.weight.dtype)[6:]}, {len(questions)} prompts of {lengths[0]} to {lengths[-1]} tokens in batches of "
+          f"{min(args.batch_size, len(questions))}, {gen_length} tokens each (EOS padding included), blocks of {block_length}" + (f", medians of {repeats}" if repeats > 1 else ""))
+    print(table(runs, answers, seconds, questions, [sum(is_right(t, q[2]) for t, q in zip(said, questions)) for said in texts] if graded else None))
     return 0
 
 
