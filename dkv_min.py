@@ -10,12 +10,13 @@ the active ones: they write their own K/V and attend to everybody's. A cache is 
     generate_greedy    what is revealed now, what was revealed one step ago, a window of masks near by  (dKV-Cache-Greedy)
 
 "One step ago" is the delay in the name: a token is run once more after it was revealed, with its real id as input where
-there was a mask, and only those K/V are kept. The loops differ in the block between the rulers, and in nothing else.
+there was a mask, and only those K/V are kept. The loops differ in their cache and in the block between the rulers.
 The exact rules are those of the authors' code for LLaDA; tests/test_golden.py holds these loops to its traces.
 
 Letters: B prompts, P prompt positions (longest), G = gen_length, T = P + G, L = block_length, V = n_vocab. A block is
 decoded before the next begins; k tokens are revealed in a step; m positions can be revealed in it; n positions run.
 """
+import operator
 import time
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ class Batch:
     pads: list                  # left padding of every prompt
     pad: torch.Tensor | None    # (B,) the same for the rows of x, None if there is none
     order: torch.Tensor | None  # (B, G) columns in the order in which to reveal them, None: by confidence
-    rngs: list                  # B torch.Generators
+    noise: torch.Tensor | None  # (B, steps, L) uniform numbers, None at temperature 0
     schedule: list              # unmask_schedule() of a block
     config: object              # the model's
     P: int
@@ -103,7 +104,7 @@ def generate_decode(model, s):
     """dKV-Cache-Decode. Agrees with llada_dkv_cache_decode.py of the authors. Stale are the K/V of tokens revealed earlier
     than one step ago, until the next step that runs all."""
     for lo in range(s.P, s.T, s.block_length):
-        cache, just = new_cache(model, s), None                                # every block starts without a cache
+        cache, just = new_cache(model, s), None                                # as in the reference, each block starts anew
         for i, (c, k) in enumerate(s.schedule):
             want = wanted(s, lo, c, k)                                         # (B, m) where a token may be revealed now
             # ----------------------------------------------------------------- which positions run
@@ -125,7 +126,7 @@ def generate_greedy(model, s):
     """dKV-Cache-Greedy. Agrees with llada_dkv_cache_greedy.py of the authors. Stale are the K/V of all but a handful, masks
     included. What a step reveals has to be known before it runs, so this one needs an order known ahead."""
     for lo in range(s.P, s.T, s.block_length):
-        cache, just = new_cache(model, s), None                                # every block starts without a cache
+        cache, just = new_cache(model, s), None                                # as in the reference, each block starts anew
         for i, (c, k) in enumerate(s.schedule):
             want = wanted(s, lo, c, k)                                         # (B, k) what will be revealed now
             # ----------------------------------------------------------------- which positions run
@@ -213,11 +214,10 @@ def reveal(s, lo, want, k, logits):
         logits[..., s.config.eos_id] = -torch.inf
     if s.temperature == 0:
         token = logits.argmax(-1)                                              # (B, m)
-    else:  # one uniform number per prompt and column of the block, whatever runs and whoever else is in the batch
-        u = torch.stack([torch.rand(s.block_length, generator=g) for g in s.rngs]).to(logits.device, non_blocking=True)
-        tempered = (logits - logits.amax(-1, keepdim=True)) / s.temperature    # (B, m, V)
-        odds = tempered.softmax(-1).double().cumsum(-1)
-        token = torch.searchsorted(odds, (u.gather(1, want - lo) * odds[..., -1])[..., None], right=True).squeeze(-1)
+    else:  # the inverse of the distribution function, at a number that belongs to the prompt, the step and the position
+        u = s.noise[:, s.forwards].gather(1, want - lo)                        # (B, m)
+        odds = ((logits.double() - logits.amax(-1, keepdim=True)) / s.temperature).softmax(-1).cumsum(-1)  # (B, m, V)
+        token = torch.searchsorted(odds, (u * odds[..., -1])[..., None], right=True).squeeze(-1)
     if s.order is None:
         best = confidence(s, logits, token).argsort(dim=1, descending=True, stable=True)[:, :k]  # ties: the leftmost
         want, token = want.gather(1, best), token.gather(1, best)
@@ -259,10 +259,11 @@ def finish_block(s, lo):
         hi = lo + s.block_length
         done = (s.x[:, lo:hi] == s.config.eos_id).any(1)
         s.x[:, hi:] = s.x[:, hi:].masked_fill(done[:, None], s.config.eos_id)
-        s.out[s.live] = s.x
-        keep = (~done).nonzero().flatten().tolist()
-        s.x, s.live, s.rngs = s.x[keep], [s.live[r] for r in keep], [s.rngs[r] for r in keep]
-        s.pad, s.order = (t if t is None else t[keep] for t in (s.pad, s.order))
+        keep = (~done).nonzero().flatten()
+        if len(keep) < len(s.live) or hi == s.T:
+            s.out[s.live] = s.x
+            s.x, s.live = s.x[keep], [s.live[r] for r in keep.tolist()]
+            s.pad, s.order, s.noise = (t if t is None else t[keep] for t in (s.pad, s.order, s.noise))
     return len(s.live) > 0
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,18 +309,19 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
     prompts = check_prompts(c, prompts, gen_length)
     B, P, L = len(prompts), max(map(len, prompts)), block_length
     pads, device = [P - len(p) for p in prompts], model.wte.weight.device
-    rngs = check_generators(generator, B)
+    given = check_generators(generator, B)
+    rngs = [own_generator(g) for g in given] if temperature or (remasking == "random" and order is None) else []
+    columns = None
     if order is not None:
         columns = [[q + pad for q in row] for row, pad in zip(check_order(order, prompts, gen_length, L), pads)]
     elif remasking == "random":
         columns = torch.stack([torch.cat([torch.randperm(L, generator=g) + lo for lo in range(P, P + gen_length, L)]) for g in rngs])
     elif remasking == "left_to_right":
         columns = [list(range(P, P + gen_length))] * B
-    else:
-        columns = None
     x = torch.tensor([p[:1] * pad + p + [c.mask_id] * gen_length for p, pad in zip(prompts, pads)], device=device)
     s = Batch(x=x, out=x.clone() if stop_at_eos else x, live=list(range(B)), pads=pads, pad=torch.tensor(pads, device=device) if any(pads) else None,
-              order=None if columns is None else torch.as_tensor(columns, device=device), rngs=rngs, config=c, P=P, T=P + gen_length,
+              order=None if columns is None else torch.as_tensor(columns, device=device), config=c,
+              noise=torch.stack([torch.rand(steps, L, generator=g) for g in rngs]).to(device) if temperature else None, P=P, T=P + gen_length,
               schedule=unmask_schedule(L, steps * L // gen_length), block_length=L, refresh=refresh or REFRESH[cache], window=window,
               delay=delay, temperature=temperature, cfg_scale=cfg_scale, stop_at_eos=stop_at_eos, suppress_eos=suppress_eos,
               on_step=on_step, run=[0] * B, full=[0] * B)
@@ -328,17 +330,18 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
     return Result(tokens, s.forwards, s.run, s.full, time.perf_counter() - began)
 
 
-def check(config, *, cache, gen_length, steps, block_length, refresh, window, temperature, remasking, cfg_scale, suppress_eos, order, stop_at_eos):
-    """Raises ValueError at the first setting that cannot work."""
+def check(config, *, cache, gen_length, steps, block_length, refresh, window, temperature, remasking, cfg_scale, suppress_eos, stop_at_eos, order=None,
+          delay=True):
+    """Raises ValueError at the first of generate's settings that cannot work."""
     def need(good, sentence):
         if not good:
             raise ValueError(sentence)
     for name, value, known in (("cache", cache, CACHES), ("remasking", remasking, REMASKING), ("suppress_eos", suppress_eos, (None, "logits", "confidence"))):
         need(value in known, f"{name} is {value!r}, and has to be one of {', '.join(map(str, known))}")
     for name, value, low in (("gen_length", gen_length, 1), ("steps", steps, 1), ("block_length", block_length, 1), ("refresh", refresh, 1), ("window", window, 0)):
-        need(value is None or (type(value) is int and value >= low), f"{name} is {value!r}, and has to be a whole number of at least {low}")
+        need(type(value) is int and value >= low or (name == "refresh" and value is None), f"{name} is {value!r}, and has to be a whole number of at least {low}")
     for name, value in (("temperature", temperature), ("cfg_scale", cfg_scale)):
-        need(isinstance(value, (int, float)) and 0 <= value < float("inf"), f"{name} is {value!r}, and has to be a number of at least 0")
+        need(isinstance(value, (int, float)) and 0 <= value <= 1e6, f"{name} is {value!r}, and has to be a number from 0 to 1e6")
     need(gen_length % block_length == 0, f"gen_length {gen_length} is no multiple of block_length {block_length}")
     blocks = gen_length // block_length
     need(blocks <= steps <= gen_length, f"steps is {steps}, and has to lie between {blocks}, the number of blocks, and {gen_length}, the tokens to generate")
@@ -350,7 +353,7 @@ def check(config, *, cache, gen_length, steps, block_length, refresh, window, te
 
 def int_lists(name, lists):
     try:
-        return [[int(i) for i in row] for row in lists]
+        return [[operator.index(i) for i in row] for row in lists]
     except (TypeError, ValueError):
         raise ValueError(f"{name} has to be a list of lists of whole numbers, one list per prompt") from None
 
@@ -384,13 +387,17 @@ def check_order(order, prompts, gen_length, block_length):
 
 
 def check_generators(generator, B):
-    """-> a generator of its own for each prompt, seeded from the given one(s), so that what a prompt draws depends
-    neither on the batch nor on the cache."""
+    """-> the generator (or None) of each prompt, or ValueError."""
     given = list(generator) if isinstance(generator, (list, tuple)) else [generator] * B
     if len(given) != B or not all(g is None or isinstance(g, torch.Generator) for g in given):
         raise ValueError(f"generator has to be a torch.Generator, or a list of them for the {B} prompts")
-    seeds = [int(torch.randint(2**32, (), generator=g, device=g.device if g else "cpu")) for g in given]
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return given
+
+
+def own_generator(g):
+    """A generator on the CPU for one prompt alone, seeded by one draw from the given one: what a prompt draws depends
+    neither on the others nor on the cache."""
+    return torch.Generator().manual_seed(int(torch.randint(2**32, (), generator=g, device=g.device if g else "cpu")))
 
 
 def cache_cost(prompt_len, gen_length=128, steps=None, block_length=None, cache="none", refresh=None, window=4, delay=True):

@@ -17,6 +17,7 @@ import zipfile
 from dataclasses import dataclass
 from functools import partial
 
+import regex  # comes with tiktoken
 import tiktoken
 import torch
 import torch.nn as nn
@@ -66,6 +67,9 @@ class Config:
             return f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}"
         if self.n_vocab > self.vocab_size:
             return f"n_vocab {self.n_vocab} is above vocab_size {self.vocab_size}"
+        for end in (self.eos_id, self.eot_id):
+            if end is not None and (end >= self.n_vocab or end == self.mask_id):
+                return f"eos_id and eot_id have to be ids below n_vocab {self.n_vocab} other than the mask's: {end}"
         return None
 
 
@@ -162,9 +166,12 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+# What a checkpoint may tell sample.py besides: defaults, what stands around a prompt, prompts to show or problems to solve.
+EXTRA = {"gen_length": int, "block_length": int, "known_order": str, "template": str, "prompts": list, "problems": list}
+
+
 class DiffusionLM(nn.Module):
-    """The masked diffusion transformer. `extra` is a dict of plain values that travels with a checkpoint: the toy's
-    sampling defaults and held-out problems."""
+    """The masked diffusion transformer. `extra` is a dict of plain values that travels with a checkpoint (EXTRA)."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -250,6 +257,8 @@ class Tokenizer:
         ids = [*ranks.values(), *special.values()]
         if missing or len(set(ids)) < len(ids):
             raise ValueError(f"the tokenizer lacks the single bytes {missing[:4]}" if missing else "two tokens of the tokenizer share an id")
+        if regex.match(pattern, ""):
+            raise ValueError("the tokenizer's pattern matches the empty text")
         self.ranks, self.pattern, self.special = ranks, pattern, special
         self.encoding = tiktoken.Encoding("dkv-min", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.bytes = {i: b for b, i in ranks.items()} | {i: s.encode() for s, i in special.items()}
@@ -275,6 +284,10 @@ class Tokenizer:
 # ---------------------------------------------------------------------------------------------------------------------
 # the checkpoint: one file with config, weights, tokenizer and extra, so that nothing else is needed to sample
 
+def first_line(e):
+    return getattr(e, "strerror", None) or (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
 def save_file(path, data):
     """torch.save, but the file appears whole or not at all: written beside the target, then renamed over it."""
     temp = f"{path}.{os.getpid()}.tmp"
@@ -285,7 +298,7 @@ def save_file(path, data):
             os.fsync(f.fileno())
         os.replace(temp, path)
     except (OSError, RuntimeError) as e:  # torch wraps a full disk in a RuntimeError
-        raise ValueError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
+        raise ValueError(f"cannot write {path}: {first_line(e)}") from None
     finally:
         if os.path.exists(temp):
             os.remove(temp)
@@ -306,14 +319,13 @@ def load_file(path):
             raise ValueError("its index is larger than 64 MiB")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}") from None
+        raise ValueError(f"there is no file {path}") from None
     except zipfile.BadZipFile:
         raise ValueError(f"{path} is truncated, or is no checkpoint") from None
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is no checkpoint of ours: it holds more than tensors and plain values") from None
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as e:
-        fault = getattr(e, "strerror", None) or str(e).strip().split("\n")[0]
-        raise ValueError(f"cannot load {path}: {fault}") from None
+    except Exception as e:  # a damaged pickle can raise anything
+        raise ValueError(f"cannot load {path}: {first_line(e)}") from None
 
 
 def save(path, model, tokenizer=None):
@@ -334,17 +346,26 @@ def load(path, device="cpu", dtype=None):
         config = Config(**data["config"])
         if fault := config.fault():
             raise ValueError(fault)
+        weights = data["weights"]
+        if config.n_layer > len(weights):
+            raise ValueError(f"n_layer is {config.n_layer}, and there are {len(weights)} weights in all")
         with torch.device("meta"):
             model = DiffusionLM(config)
-        weights, expected = data["weights"], model.state_dict()
+        expected, stored = model.state_dict(), weights["wte.weight"].dtype
         if set(weights) != set(expected):
             raise ValueError(f"{min(set(weights) ^ set(expected))} is {'missing' if set(expected) - set(weights) else 'unexpected'}")
+        if stored not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"the weights are {stored}, expected floats of 16, 32 or 64 bits")
         for name, p in expected.items():
-            if weights[name].shape != p.shape or not weights[name].is_floating_point():
-                raise ValueError(f"{name} is {tuple(weights[name].shape)} {weights[name].dtype}, expected {tuple(p.shape)} of floats")
+            w = weights[name]
+            if w.shape != p.shape or w.dtype != stored or not w.is_contiguous():
+                raise ValueError(f"{name} is {tuple(w.shape)} {w.dtype}, expected {tuple(p.shape)} {stored}")
         model.load_state_dict(weights, assign=True)
         tokenizer = Tokenizer.from_state(data["tokenizer"]) if data["tokenizer"] else None
         model.extra = dict(data["extra"])
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
-        raise ValueError(f"{path} does not fit together: {str(e).strip().splitlines()[0]}") from None
+        for name, kind in EXTRA.items():
+            if name in model.extra and not (isinstance(model.extra[name], kind) and model.extra[name]):
+                raise ValueError(f"extra {name} is {model.extra[name]!r:.60}, expected {kind.__name__}")
+    except Exception as e:  # whatever somebody else's file brings about here
+        raise ValueError(f"{path} does not fit together: {first_line(e)}") from None
     return model.requires_grad_(False).to(device=device, dtype=dtype).eval(), tokenizer

@@ -15,7 +15,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from dkv_min import CACHES, REFRESH, REMASKING, generate
+from dkv_min import CACHES, REFRESH, REMASKING, check, check_prompts, generate
 from model import load
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -87,17 +87,18 @@ def read_prompts(args):
     texts = list(args.prompt)
     if args.prompts:
         try:
-            with (sys.stdin.buffer if args.prompts == "-" else open(args.prompts, "rb")) as f:
-                lines = f.read().decode("utf-8-sig").splitlines()
+            with (open(0, "rb") if args.prompts == "-" else open(args.prompts, "rb")) as f:
+                lines = [line.rstrip("\r") for line in f.read().decode("utf-8-sig").split("\n")]
+            lines = [line for line in lines if line.strip()]
             if args.prompts.endswith(".jsonl"):
-                lines = [json.loads(line)["prompt"] for line in lines if line.strip()]
+                lines = [json.loads(line)["prompt"] for line in lines]
         except OSError as e:
             raise ValueError(f"cannot read --prompts {args.prompts}: {e.strerror}") from None
         except UnicodeDecodeError:
             raise ValueError(f"--prompts {args.prompts} is not UTF-8 text") from None
-        except (json.JSONDecodeError, TypeError, KeyError):
+        except (json.JSONDecodeError, TypeError, KeyError, RecursionError):
             raise ValueError(f"--prompts {args.prompts}: every line has to be a JSON object with a `prompt`") from None
-        texts += [line for line in lines if not isinstance(line, str) or line.strip()]
+        texts += lines
         if not texts:
             raise ValueError(f"--prompts {args.prompts} holds no prompt")
     for text in texts:
@@ -157,21 +158,21 @@ def plan(args, extra, gen_length, steps, block_length):
     shared = dict(gen_length=gen_length, steps=steps, block_length=block_length, window=args.window, temperature=args.temperature,
                   cfg_scale=args.cfg_scale, stop_at_eos=args.stop_at_eos, suppress_eos=args.suppress_eos, delay=not args.no_delay)
 
-    def run(cache, order="low_confidence", **more):
+    def settings(cache, order="low_confidence", **more):
         refresh = gen_length if args.refresh == "never" else int(args.refresh or REFRESH[cache])
         return shared | dict(cache=cache, remasking=args.remasking or order, refresh=refresh) | more
 
     if args.cache != "all":
-        return [(run(args.cache, known if args.cache == "greedy" else "low_confidence"), None)]
+        return [(settings(args.cache, known if args.cache == "greedy" else "low_confidence"), None)]
     if args.json:
-        return [(run("none"), None), (run("decode"), None), (run("greedy", known), None)]
-    runs = [(run("none"), None), (run("decode"), 0)]
+        return [(settings("none"), None), (settings("decode"), None), (settings("greedy", known), None)]
+    runs = [(settings("none"), None), (settings("decode"), 0)]
     if args.remasking:  # one order for all
-        runs += [(run("greedy"), 0)]
+        runs += [(settings("greedy"), 0)]
     else:
-        runs += [(run("none", known), None), (run("greedy", known), 2)]
+        runs += [(settings("none", known), None), (settings("greedy", known), 2)]
     if steps % 2 == 0 and steps // 2 % max(1, gen_length // max(1, block_length)) == 0:
-        runs += [(run("none", steps=steps // 2), 0)]
+        runs += [(settings("none", steps=steps // 2), 0)]
     return runs
 
 
@@ -179,12 +180,12 @@ def table(runs, answers, seconds, questions, right):
     """-> the table under the answers, a line a run. right: how many answers of each run are, None where that is unknown."""
     lines = [["cache", "order", "refresh", "steps", "exact", "positions run", "fewer by", "seconds", "tokens/s", "speed-up", "same tokens"]]
     for i, (how, base) in enumerate(runs):
-        run, full = (sum(getattr(result, name)[row] for _, result, row in answers[i]) for name in ("positions_run", "positions_full"))
+        ran, full = (sum(getattr(result, name)[row] for _, result, row in answers[i]) for name in ("positions_run", "positions_full"))
         full *= runs[0][0]["steps"] / how["steps"]  # half the steps are compared with all of them
         tokens = len(questions) * how["gen_length"]
         never = how["refresh"] >= how["block_length"] * how["steps"] / how["gen_length"]
         line = [how["cache"], how["remasking"], "-" if how["cache"] == "none" else "never" if never else how["refresh"], how["steps"],
-                f"{right[i]}/{len(questions)}" if right else "-", f"{run:,}", f"{full / run:.2f}x", f"{seconds[i]:.2f}", f"{tokens / seconds[i]:,.0f}", "-", "-"]
+                f"{right[i]}/{len(questions)}" if right else "-", f"{ran:,}", f"{full / ran:.2f}x", f"{seconds[i]:.2f}", f"{tokens / seconds[i]:,.0f}", "-", "-"]
         if base is not None:
             same = sum(x == y for (a, *_), (b, *_) in zip(answers[i], answers[base]) for x, y in zip(a, b))
             line[-2:] = f"{seconds[base] / seconds[i]:.2f}x", f"{100 * same / tokens:.0f}%"
@@ -249,6 +250,9 @@ def main(argv=None):
     if args.block_length is None and gen_length % block_length:
         block_length = gen_length
     runs = plan(args, model.extra, gen_length, steps, block_length)
+    for how, _ in runs:  # what is wrong is said before hours of work, not after
+        check(model.config, **how)
+    check_prompts(model.config, [ids for _, ids, _ in questions], gen_length)
     repeats = 3 if graded and not args.json else 1  # the toy's times are short
     answers, seconds = answer(model, tokenizer, questions, runs, args, repeats)
     if args.json:
@@ -268,21 +272,26 @@ def main(argv=None):
     return 0
 
 
-def run(main):
+def launch(main):
     """Runs a script's main. What a user got wrong is one sentence on stderr and exit code 2."""
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character shows its number
     try:
         code = main()
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except ValueError as e:
         print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except OSError as e:  # stdout cannot be written; a pipe that is closed has seen enough, and is no fault
+        code = 0 if isinstance(e, BrokenPipeError) else 2
+        if code:
+            print(f"{os.path.basename(sys.argv[0])}: cannot write the output: {e.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     sys.exit(code)
 
 
 if __name__ == "__main__":
-    run(main)
+    launch(main)

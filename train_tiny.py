@@ -11,6 +11,7 @@ the answer has to respect that order, and that is what makes the toy a test of c
 """
 import argparse
 import math
+import os
 import random
 import signal
 import sys
@@ -24,12 +25,7 @@ from tqdm import tqdm
 
 from dkv_min import generate
 from model import Config, DiffusionLM, Tokenizer, diffusion_loss, diffusion_noise, load, load_file, save, save_file
-from sample import Parser, cut, is_right, pick_device, run
-
-PRESETS = {  # what the flags below default to
-    "quick": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=32, gen_length=32, block_length=32, ops=[1, 2], steps=3000, batch_size=64),
-    "bundled": dict(n_layer=4, n_head=7, n_embd=224, prompt_len=64, gen_length=64, block_length=32, ops=[3, 5], steps=6500, batch_size=32),
-}
+from sample import Parser, cut, is_right, launch, pick_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the word problems
@@ -39,8 +35,8 @@ HE = "Ben David Felix Henry Jack Leo Noah Paul Sam Victor Bruno Cecil Erik Georg
 THINGS = "apples pens coins cards shells stamps books cups nuts stones candles buttons pears ribbons marbles plums".split()
 HOLDERS = "boxes bags baskets trays jars drawers crates bowls".split()
 MORE = "finds buys wins makes collects borrows".split()
-TEMPLATE = "{}\n"  # how a question stands in a prompt
 LESS = "loses sells breaks lends eats wastes".split()
+TEMPLATE = "{}\n"  # how a question stands in a prompt
 
 
 def problem(rng, ops):
@@ -61,17 +57,19 @@ def problem(rng, ops):
     return tuple(numbers), " ".join(question) + f" How many {thing} are left?", " ".join(answer) + f" #### {total}"
 
 
-def held_out(numbers):
-    """One problem in ten, chosen by its numbers, is never trained on, in no wording: the test set."""
-    return zlib.crc32(repr(numbers).encode()) % 10 == 0
+def side(numbers):
+    """Which problems are trained on is decided by their numbers: one in ten is for testing, one in ten for validation, in
+    whatever wording, and with the two factors in either order."""
+    a, b, *rest = numbers
+    return ("test", "validation", *["train"] * 8)[zlib.crc32(repr([min(a, b), max(a, b), *rest]).encode()) % 10]
 
 
-def problems(rng, n, ops, test):
-    """n problems of the training side or of the test side, with ops[0] to ops[1] operations -> [(question, answer)]."""
+def problems(rng, n, ops, which):
+    """n problems of one side, with ops[0] to ops[1] additions and subtractions -> [(question, answer)]."""
     found = []
     while len(found) < n:
         numbers, question, answer = problem(rng, rng.randint(*ops))
-        if held_out(numbers) == test:
+        if side(numbers) == which:
             found.append((question, answer))
     return found
 
@@ -170,11 +168,12 @@ def build_tokenizer(text, vocab):
 class Problems:
     def __init__(self, args):
         self.args = args
-        corpus = problems(random.Random(args.seed), 3000, args.ops, test=False)
+        # these three do not depend on --seed, so that runs can be compared
+        corpus = problems(random.Random("corpus"), 3000, args.ops, "train")
         self.tokenizer = build_tokenizer("".join(TEMPLATE.replace("{}", q) + a for q, a in corpus), args.vocab)
-        test = problems(random.Random(args.seed), 1000, args.ops, test=True)
-        self.val = story_rows(test[:256], self.tokenizer, args.prompt_len, args.gen_length)
-        self.extra = {"problems": test, "gen_length": args.gen_length, "block_length": args.block_length,
+        val = problems(random.Random("validation"), 256, args.ops, "validation")
+        self.val = story_rows(val, self.tokenizer, args.prompt_len, args.gen_length)
+        self.extra = {"problems": problems(random.Random("test"), 1000, args.ops, "test"), "gen_length": args.gen_length, "block_length": args.block_length,
                       "known_order": "left_to_right", "template": TEMPLATE}
 
     def batch(self, step):
@@ -186,7 +185,7 @@ class Problems:
         sums = sum_rows(rng, n_sums, args.prompt_len + args.gen_length, self.tokenizer)
         parts = [(sums, *mask_results(rng, sums, self.tokenizer, chain=False), torch.zeros(n_sums, dtype=torch.int64))]
         if n_sums < args.batch_size:
-            pairs = problems(rng, args.batch_size - n_sums, args.ops, test=False)
+            pairs = problems(rng, args.batch_size - n_sums, args.ops, "train")
             tokens, pad, frozen = story_rows(pairs, self.tokenizer, args.prompt_len, args.gen_length)
             chains, stories = slice(n_chains), slice(n_chains, None)
             parts += [(tokens[chains], *mask_results(rng, tokens[chains], self.tokenizer, chain=True), pad[chains]),
@@ -208,8 +207,8 @@ class Text:
         self.tokenizer = build_tokenizer(text[:cut], args.vocab)
         self.train, tail = (torch.tensor(self.tokenizer.encode(t), dtype=torch.int64) for t in (text[:cut], text[cut:]))
         T = args.prompt_len + args.gen_length
-        if len(tail) < T:
-            raise ValueError(f"{args.data} is too short: its last tenth has {len(tail)} tokens, and a row needs {T}")
+        if min(len(tail), len(self.train)) < T:
+            raise ValueError(f"{args.data} is too short: its last tenth has {len(tail)} tokens, the rest {len(self.train)}, and a row needs {T}")
         val = tail[:len(tail) // T * T].view(-1, T)[:256]
         self.val = val, torch.zeros(len(val), dtype=torch.int64), torch.zeros_like(val, dtype=torch.bool)
         self.bytes_per_token = len(text[cut:].encode()) / len(tail)
@@ -255,14 +254,25 @@ def exact_answers(path, n, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # flags
 
+PRESETS = {
+    "quick": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=32, gen_length=32, block_length=32, ops=[1, 2], steps=3000, batch_size=64),
+    "bundled": dict(n_layer=4, n_head=7, n_embd=224, prompt_len=64, gen_length=64, block_length=32, ops=[3, 5], steps=3500, batch_size=32),
+}
+DEFAULTS = dict(out="toy.pt", preset="quick", eval=100, vocab=512, lr=0.01, lr_adam=0.003, sums=0.1, val_every=250, seed=1, device="auto", amp="auto")
+MINIMUM = dict(n_layer=1, n_head=1, n_embd=2, prompt_len=1, gen_length=2, block_length=1, vocab=258, steps=1, batch_size=1, val_every=1, threads=1,
+               eval=0, seed=0, lr=0, lr_adam=0, sums=0)
+FREE_TO_CHANGE = ("out", "eval", "device", "threads", "amp")  # by a resumed run
+
+
 def parse_args(argv=None):
+    """-> (flags, what FILE.train holds or None)."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preset", choices=PRESETS, default="quick", help="sizes for the flags below (default quick)")
+    p.add_argument("--preset", choices=PRESETS, help="sizes and steps for the flags that are not given (quick)")
     p.add_argument("--data", metavar="FILE", help="train on this UTF-8 text instead of the word problems")
-    p.add_argument("--out", metavar="FILE", default="toy.pt", help="the model, in bfloat16; FILE.train keeps what --resume needs (toy.pt)")
-    p.add_argument("--resume", action="store_true", help="go on from FILE.train, with the flags it was started with")
-    p.add_argument("--eval", type=int, metavar="N", default=100, help="held-out problems to answer at the end, 0 to 1000 (100)")
-    g = p.add_argument_group("sizes (default: the preset's)")
+    p.add_argument("--out", metavar="FILE", help="the model, in bfloat16; FILE.train keeps what --resume needs (toy.pt)")
+    p.add_argument("--resume", action="store_true", default=None, help="go on from FILE.train, with the flags it was started with")
+    p.add_argument("--eval", type=int, metavar="N", help="held-out problems to answer at the end, 0 to 1000 (100)")
+    g = p.add_argument_group("sizes (the preset's)")
     g.add_argument("--n-layer", type=int)
     g.add_argument("--n-head", type=int)
     g.add_argument("--n-embd", type=int)
@@ -270,30 +280,37 @@ def parse_args(argv=None):
     g.add_argument("--gen-length", type=int, metavar="TOKENS", help="room for the answer")
     g.add_argument("--block-length", type=int, metavar="TOKENS", help="how sample.py decodes it; training knows no blocks")
     g.add_argument("--ops", type=int, nargs=2, metavar=("MIN", "MAX"), help="additions and subtractions in a problem")
-    g.add_argument("--vocab", type=int, default=512, help="tokens, 258 or more (512)")
+    g.add_argument("--vocab", type=int, metavar="TOKENS", help="258 or more (512)")
     g = p.add_argument_group("optimization")
-    g.add_argument("--steps", type=int)
-    g.add_argument("--batch-size", type=int, metavar="ROWS")
-    g.add_argument("--lr", type=float, default=0.01, help="Muon's, for the matrices (0.01)")
-    g.add_argument("--lr-adam", type=float, default=0.003, help="AdamW's, for embedding, head and norms (0.003)")
-    g.add_argument("--sums", type=float, default=0.1, help="share of the steps that see bare sums only (0.1)")
-    g.add_argument("--val-every", type=int, default=250, metavar="STEPS", help="validate and save (250)")
-    g.add_argument("--seed", type=int, default=1)
-    g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    g.add_argument("--steps", type=int, help="(the preset's)")
+    g.add_argument("--batch-size", type=int, metavar="ROWS", help="(the preset's)")
+    g.add_argument("--lr", type=float, help="Muon's, for the matrices (0.01)")
+    g.add_argument("--lr-adam", type=float, help="AdamW's, for embedding, head and norms (0.003)")
+    g.add_argument("--sums", type=float, metavar="SHARE", help="share of the steps, at the start, that see bare sums only (0.1)")
+    g.add_argument("--val-every", type=int, metavar="STEPS", help="validate and save (250)")
+    g.add_argument("--seed", type=int, help="(1)")
+    g.add_argument("--device", choices=["auto", "cpu", "cuda"], help="(auto)")
     g.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
-    g.add_argument("--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16 autocast: on CUDA and on CPUs that multiply in it")
+    g.add_argument("--amp", choices=["auto", "on", "off"], help="bfloat16 autocast; auto: on CUDA, and on CPUs that multiply in it")
     args = p.parse_args(argv)
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name, low in dict(n_layer=1, n_head=1, n_embd=2, prompt_len=1, gen_length=2, vocab=258, steps=1, batch_size=1, val_every=1, threads=1, eval=0, seed=0).items():
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if given.pop("resume", False):
+        state = load_state(given.get("out", DEFAULTS["out"]) + ".train")
+        if fixed := sorted(set(given) - set(FREE_TO_CHANGE)):
+            raise ValueError(f"--resume goes on with the flags that the run was started with: leave out --{fixed[0].replace('_', '-')}")
+        return argparse.Namespace(**{**state["args"], **given}), state
+    args = argparse.Namespace(**{**vars(args), **DEFAULTS, **PRESETS[given.get("preset", DEFAULTS["preset"])], **given})
+    for name, low in MINIMUM.items():
         value = getattr(args, name)
-        if value is not None and value < low:
+        if value is not None and not low <= value < 2**31:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, and has to be at least {low}")
     if not 1 <= args.ops[0] <= args.ops[1]:
         raise ValueError(f"--ops is {args.ops[0]} {args.ops[1]}, and has to be MIN MAX with 1 <= MIN <= MAX")
-    return args
-
+    if args.gen_length % args.block_length:
+        raise ValueError(f"--gen-length {args.gen_length} is no multiple of --block-length {args.block_length}")
+    if not os.access(os.path.dirname(os.path.abspath(args.out)), os.W_OK):
+        raise ValueError(f"--out {args.out}: there is no such folder, or it cannot be written to")
+    return args, None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training
@@ -318,7 +335,8 @@ def load_state(path):
     """What FILE.train keeps: flags, weights, optimizers, the number of steps taken. Random numbers need no state: those of
     a step are drawn from (seed, step)."""
     state = load_file(path)
-    if not isinstance(state, dict) or not {"args", "step", "best", "weights", "optimizers"} <= set(state):
+    kinds = dict(args=dict, step=int, best=float, weights=dict, optimizers=list)
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"{path} is not what train_tiny.py keeps for --resume")
     return state
 
@@ -335,7 +353,7 @@ def train(args, data, model, optimizers, state, device, amp):
     -> True, or False if it was interrupted."""
     best, rates = state.get("best", float("inf")), [args.lr, args.lr_adam]
     stopped = []  # Ctrl-C ends the run between two steps: what is saved is a state that an unbroken run passes through
-    signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
+    default = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
 
     def keep(step):
         save_file(args.out + ".train", {"args": vars(args), "step": step, "best": best, "weights": model.state_dict(),
@@ -376,15 +394,13 @@ def train(args, data, model, optimizers, state, device, amp):
             bar.close()
             print(f"stopped after step {step + 1}; to go on: python train_tiny.py --resume --out {args.out}")
             return False
+    signal.signal(signal.SIGINT, default)
     print(f"best validation {best:.4f} nats per token" + (f", {best / data.bytes_per_token:.4f} nats per byte" if args.data else "") + f": {args.out}")
     return True
 
 
 def main(argv=None):
-    args, state = parse_args(argv), {}
-    if args.resume:
-        state = load_state(args.out + ".train")
-        args = argparse.Namespace(**{**state["args"], **{k: getattr(args, k) for k in ("out", "eval", "device", "threads", "amp")}})
+    args, state = parse_args(argv)
     device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -393,12 +409,15 @@ def main(argv=None):
     data = Text(args) if args.data else Problems(args)
     model, optimizers = build(args, data, device)
     if state:
-        model.load_state_dict(state["weights"])
-        for optimizer, kept in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(kept)
+        try:
+            model.load_state_dict(state["weights"])
+            for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{args.out}.train does not fit together: start again without --resume") from None
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.steps} steps of {args.batch_size} rows of {args.prompt_len + args.gen_length} tokens, "
           f"{device}, {torch.get_num_threads()} threads, {'bfloat16 autocast' if amp else 'float32'}")
-    if not train(args, data, model, optimizers, state, device, amp):
+    if not train(args, data, model, optimizers, state or {}, device, amp):
         return 130
     if args.eval and not args.data:
         exact_answers(args.out, min(args.eval, len(data.extra["problems"])), device)
@@ -406,4 +425,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    launch(main)

@@ -126,7 +126,7 @@ def rezip(path, target, compression):
             b.writestr(name, a.read(name))
 
 
-def test_bad_files_are_refused_in_one_sentence(tmp_path, capfd):
+def test_bad_files_are_refused_in_one_sentence(tmp_path, capfd, tokenizer):
     model, good = random_model(dtype=torch.float32), tmp_path / "good.pt"
     m.save(good, model)
     data = torch.load(good, weights_only=True)
@@ -140,7 +140,7 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, capfd):
         (tmp_path / "bad.pt").write_bytes(content)
 
     faults = {
-        "missing": (lambda: (tmp_path / "bad.pt").unlink(missing_ok=True), "there is no checkpoint"),
+        "missing": (lambda: (tmp_path / "bad.pt").unlink(missing_ok=True), "there is no file"),
         "empty": (lambda: raw(b""), "truncated"),
         "text": (lambda: raw(b"hello" * 100), "truncated"),
         "cut in half": (lambda: raw(good.read_bytes()[:20000]), "truncated"),
@@ -151,6 +151,14 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, capfd):
         "lost weight": (lambda: saved(lambda d: d["weights"].pop("norm.weight")), "norm.weight is missing"),
         "one weight too many": (lambda: saved(lambda d: d["weights"].update(foo=torch.ones(1))), "foo"),
         "wrong shape": (lambda: saved(lambda d: d["weights"].update({"head.weight": torch.ones(2, 2)})), "head.weight"),
+        "two dtypes": (lambda: saved(lambda d: d["weights"].update({"norm.weight": torch.ones(32, dtype=torch.bfloat16)})), "norm.weight"),
+        "one number for all": (lambda: saved(lambda d: d["weights"].update({"head.weight": torch.ones(1).expand(48, 32)})), "head.weight"),
+        "many layers": (lambda: saved(lambda d: d["config"].update(n_layer=2**30)), "n_layer"),
+        "end is no token": (lambda: saved(lambda d: d["config"].update(eos_id=46)), "n_vocab 44"),
+        "end is the mask": (lambda: saved(lambda d: d["config"].update(eos_id=40)), "other than the mask"),
+        "wrong extra": (lambda: saved(lambda d: d.update(extra={"problems": []})), "problems"),
+        "empty pattern": (lambda: saved(lambda d: d.update(tokenizer={**tokenizer.state(), "pattern": ""})), "empty text"),
+        "negative id": (lambda: saved(lambda d: d.update(tokenizer={**tokenizer.state(), "special": {"<|eos|>": -1}})), "does not fit"),
         "whole numbers": (lambda: saved(lambda d: d["weights"].update({"norm.weight": torch.ones(32, dtype=torch.int64)})), "norm.weight"),
         "wrong config": (lambda: saved(lambda d: d["config"].update(n_head=5)), "n_embd 32"),
         "config of text": (lambda: saved(lambda d: d["config"].update(n_layer="3")), "n_layer"),

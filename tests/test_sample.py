@@ -4,6 +4,7 @@ python -m pytest tests/test_sample.py"""
 import contextlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from conftest import ROOT, random_model
 
 from dkv_min import generate
 from model import load, save
-from sample import main, run
-from train_tiny import held_out, build_tokenizer
+from sample import launch, main
+from train_tiny import build_tokenizer, side
 
 QUESTION = "Anna has 3 boxes of 4 pens. She loses 5. How many pens are left?"
 
@@ -60,7 +61,7 @@ def test_no_flags(tmp_path):
     model, _ = load(ROOT / "checkpoints" / "tiny.pt")
     assert len(questions) == 8 and [q for q, _ in model.extra["problems"][:8]] == questions
     for question, answer in model.extra["problems"]:
-        assert held_out(tuple([int(n) for n in re.findall(r"(\d)\*(\d)=", answer)[0]] + [int(a + b) for a, b in re.findall(r"\d([+-])(\d)=", answer)]))
+        assert side([int(n) for n in re.findall(r"(\d)\*(\d)=", answer)[0]] + [int(a + b) for a, b in re.findall(r"\d([+-])(\d)=", answer)]) == "test"
     table = [re.split(r" {2,}", line.strip()) for line in p.out.split("\n\n")[-1].splitlines()[1:]]
     assert [row[:2] for row in table[1:]] == [["none", "low_confidence"], ["decode", "low_confidence"], ["none", "left_to_right"],
                                               ["greedy", "left_to_right"], ["none", "low_confidence"]]
@@ -107,8 +108,8 @@ def test_answers_depend_neither_on_the_batch_nor_on_the_rest(tmp_path):
 
 
 def test_prompts_from_everywhere(tmp_path):
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "one\ntwo", "other": 1}) + "\n\n" + json.dumps({"prompt": "é"}) + "\n")
-    assert [o["prompt"] for o in objects("--prompts", tmp_path / "p.jsonl", "--steps", 2)] == ["one\ntwo", "é"]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "one\ntwo", "other": 1}) + "\n\n" + json.dumps({"prompt": "é\u2028è"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [o["prompt"] for o in objects("--prompts", tmp_path / "p.jsonl", "--steps", 2)] == ["one\ntwo", "é\u2028è"]
     piped = sample("--prompts", "-", "--steps", 2, "--json", input="a\r\n\nb\n".encode())
     assert [json.loads(line)["prompt"] for line in piped.out.splitlines()] == ["a", "b"]
     assert [(o["prompt"], o["prompt_ids"]) for o in objects("--ids", "5, 6,7", "--steps", 2)] == [(None, [5, 6, 7])]
@@ -133,8 +134,18 @@ def test_flags_reach_the_library(bare):
     assert run("--cache", "greedy", "--window", 0)["positions_run"] < run("--cache", "greedy")["positions_run"]
     assert run("--cache", "none", "--cfg-scale", 2)["ids"] != run("--cache", "none")["ids"]
     assert run("--steps", 4, "--block-length", 8)["forwards"] == 4
-    assert 1 not in run("--suppress-eos", "logits")["ids"]
-    assert run("--dtype", "bfloat16", "--device", "cpu", "--stop-at-eos")["forwards"] <= 16
+    assert run("--dtype", "bfloat16", "--device", "cpu")["forwards"] == 16
+
+
+def test_flags_about_the_end_of_the_text(tmp_path):
+    model = random_model(dtype=torch.float32)
+    model.head.weight.data[1] *= 3  # EOS often
+    save(tmp_path / "a.pt", model)
+    ask = ("--ckpt", tmp_path / "a.pt", "--ids", "3,4", "--gen-length", 16, "--block-length", 4)
+    assert 1 in objects(*ask)[0]["ids"] and objects(*ask)[0]["forwards"] == 16
+    assert 1 not in objects(*ask, "--suppress-eos", "logits")[0]["ids"]
+    assert objects(*ask, "--stop-at-eos")[0]["forwards"] < 16
+    assert objects(*ask, "--suppress-eos", "confidence", "--block-length", 16)[0]["ids"] != objects(*ask, "--block-length", 16)[0]["ids"]
 
 
 def test_a_closed_pipe_is_no_fault(tmp_path):
@@ -142,6 +153,12 @@ def test_a_closed_pipe_is_no_fault(tmp_path):
     p = subprocess.run(f"{sys.executable} {ROOT / 'sample.py'} --prompts {tmp_path / 'p.txt'} --steps 2 --cache all --json | head -n 1", shell=True,
                        capture_output=True, text=True, timeout=200)
     assert p.stderr == "" and json.loads(p.stdout)["index"] == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_is_one_sentence():
+    p = subprocess.run(f"{sys.executable} {ROOT / 'sample.py'} --prompt hi --steps 2 --json > /dev/full", shell=True, capture_output=True, text=True, timeout=200)
+    assert p.returncode == 2 and p.stderr.count("\n") == 1 and "cannot write" in p.stderr, p.stderr
 
 
 WRONG = [
@@ -160,7 +177,7 @@ def test_user_errors_are_one_sentence(flags, words, capsys, monkeypatch):
     """In this process, to save the seconds of starting one; the next test has the whole way."""
     monkeypatch.setattr(sys, "argv", ["sample.py"])
     with pytest.raises(SystemExit) as e:
-        run(lambda: main(flags))
+        launch(lambda: main(flags))
     out, err = capsys.readouterr()
     assert e.value.code == 2 and words in err and err.count("\n") == 1 and out == "", err
 
@@ -178,6 +195,8 @@ def test_input_that_is_not_utf8(tmp_path):
     assert "not UTF-8" in sample("--prompts", "-", code=2, input=b"\xff\xfe").err
     (tmp_path / "bad.jsonl").write_text('{"question": "x"}\n')
     assert "`prompt`" in sample("--prompts", tmp_path / "bad.jsonl", code=2).err
+    (tmp_path / "bad.jsonl").write_text('{"prompt": ""}\n')
+    assert "empty" in sample("--prompts", tmp_path / "bad.jsonl", code=2).err
     (tmp_path / "empty.txt").write_text("\n\n")
     assert "no prompt" in sample("--prompts", tmp_path / "empty.txt", code=2).err
 

@@ -30,28 +30,27 @@ def run(*flags, code=0):
 
 def test_answers_are_right_and_sides_are_disjoint():
     sides = {}
-    for test in (False, True):
-        rng, sides[test] = random.Random(5), set()
-        for question, answer in t.problems(rng, 3000, (1, 4), test):
+    for which in ("train", "validation", "test"):
+        rng, sides[which] = random.Random(5), set()
+        for question, answer in t.problems(rng, 3000, (1, 4), which):
             steps = re.findall(r"(\d+)([*+-])(\d+)=(\d+)\.", answer)
             numbers = [int(steps[0][0])] + [int(c) if op != "-" else -int(c) for _, op, c, _ in steps]
             for (a, op, b, result), following in zip(steps, [s[0] for s in steps[1:]] + [answer.split("#### ")[1]]):
                 assert {"*": int(a) * int(b), "+": int(a) + int(b), "-": int(a) - int(b)}[op] == int(result) and result == following
             assert re.findall(r"\d+", question) == [str(abs(n)) for n in numbers]  # the question has what the answer needs
-            sides[test].add(tuple(numbers))
-    assert len(sides[False]) > 1000 and len(sides[True]) > 100
-    assert not sides[False] & sides[True]
-    assert all(t.held_out(n) for n in sides[True])
+            sides[which].add((min(numbers[:2]), max(numbers[:2]), *numbers[2:]))  # 3*4 is 4*3
+    assert all(len(numbers) > 500 for numbers in sides.values())
+    assert not sides["train"] & sides["test"] and not sides["train"] & sides["validation"] and not sides["validation"] & sides["test"]
 
 
 def test_training_batches_hold_no_test_problem():
-    data = t.Problems(t.parse_args(["--sums", "0"]))
+    data = t.Problems(t.parse_args(["--sums", "0"])[0])
     texts = [data.tokenizer.decode(row) for step in range(20) for row in data.batch(step)[0].tolist()]
     worked = [text.split("left?\n")[1] for text in texts if "left?" in text]
     assert len(worked) == 20 * 56
     for answer in worked:  # the numbers with their signs, read back from the worked answer
         numbers = [int(n) for n in re.findall(r"^(\d)\*(\d)", answer)[0]] + [int(op + d) for op, d in re.findall(r"\d([+-])(\d)=", answer)]
-        assert not t.held_out(tuple(numbers))
+        assert t.side(numbers) == "train"
 
 
 def test_bpe():
@@ -66,9 +65,9 @@ def test_bpe():
 
 
 def test_rows():
-    args = t.parse_args([])
+    args, _ = t.parse_args([])
     data = t.Problems(args)
-    pairs, eos = t.problems(random.Random(0), 20, args.ops, False), data.tokenizer.special["<|eos|>"]
+    pairs, eos = t.problems(random.Random(0), 20, args.ops, "train"), data.tokenizer.special["<|eos|>"]
     tokens, pad, frozen = t.story_rows(pairs, data.tokenizer, args.prompt_len, args.gen_length)
     for (question, answer), row, p in zip(pairs, tokens.tolist(), pad.tolist()):
         assert data.tokenizer.decode(row[p:args.prompt_len]) == question + "\n" and set(row[:p]) <= {eos}
@@ -109,20 +108,28 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     victim.wait()
     at = load_file(tmp_path / "cut.pt.train")["step"]
     assert 10 <= at < 40, f"killed too late to show anything: at step {at}"
-    run("--resume", "--out", tmp_path / "cut.pt", "--threads", 1, "--device", "cpu", "--eval", 0)
+    run("--resume", "--out", tmp_path / "cut.pt")
     assert same_weights(tmp_path / "whole.pt", tmp_path / "cut.pt")
 
 
 def test_ctrl_c_saves_and_exits_130(tmp_path):
-    flags = [*TINY, "--steps", 40, "--val-every", 1000]
-    run(*flags, "--out", tmp_path / "whole.pt")
-    p = subprocess.Popen(command(*flags[:-3], 100000, *flags[-2:], "--out", tmp_path / "cut.pt"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while p.stderr.read(1) != "|":  # the bar: it trains
+    p = subprocess.Popen(command(*TINY, "--steps", 100000, "--val-every", 100000, "--out", tmp_path / "a.pt"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while p.poll() is None and p.stderr.read(1) != "|":  # the bar: it trains
         pass
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=100)
     assert p.returncode == 130 and "--resume" in out and "Traceback" not in err, out + err
-    assert load(tmp_path / "cut.pt")[1] is not None and load_file(tmp_path / "cut.pt.train")["step"] >= 1
+    assert load(tmp_path / "a.pt")[1] is not None and load_file(tmp_path / "a.pt.train")["step"] >= 1
+
+
+def test_resume_refuses_what_it_cannot_go_on_with(tmp_path):
+    run(*TINY, "--steps", 2, "--out", tmp_path / "a.pt")
+    assert "leave out --steps" in run("--resume", "--steps", 5, "--out", tmp_path / "a.pt", code=2).stderr
+    torch.save({"x": 1}, tmp_path / "b.pt.train")
+    assert "b.pt.train" in run("--resume", "--out", tmp_path / "b.pt", code=2).stderr
+    state = torch.load(tmp_path / "a.pt.train")
+    torch.save({**state, "weights": {}}, tmp_path / "c.pt.train")
+    assert "does not fit together" in run("--resume", "--out", tmp_path / "c.pt", code=2).stderr
 
 
 def test_text_of_ones_own(tmp_path):
@@ -137,6 +144,7 @@ def test_text_of_ones_own(tmp_path):
     (["--steps", "0"], "--steps is 0"), (["--steps", "x"], "x"), (["--preset", "huge"], "huge"), (["--data", "/no/such.txt"], "/no/such.txt"),
     (["--ops", "3", "1"], "--ops"), (["--ops", "9", "9"], "--prompt-len"), (["--n-embd", "30", "--n-head", "4"], "n_embd 30"), (["--vocab", "100"], "--vocab is 100"),
     (["--resume", "--out", "/no/such.pt"], "/no/such.pt.train"), (["--out", "/no/such/folder/x.pt", "--steps", "1"], "/no/such/folder"), (["--what"], "--what"),
+    (["--gen-length", "32", "--block-length", "7"], "no multiple"), (["--seed", "-1"], "--seed"), (["--lr", "nan"], "--lr"),
     pytest.param(["--device", "cuda"], "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
 ])
 def test_user_errors(flags, words, monkeypatch, tmp_path):
