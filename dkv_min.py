@@ -302,10 +302,12 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
     c = model.config
     steps = gen_length if steps is None else steps
     block_length = gen_length if block_length is None else block_length
+    refresh = REFRESH.get(cache) if refresh is None else refresh
     if remasking is None:
         remasking = "random" if cache == "greedy" or order is not None else "low_confidence"
-    check(c, cache=cache, gen_length=gen_length, steps=steps, block_length=block_length, refresh=refresh, window=window,
-          temperature=temperature, remasking=remasking, cfg_scale=cfg_scale, suppress_eos=suppress_eos, order=order, stop_at_eos=stop_at_eos)
+    settings = dict(block_length=block_length, refresh=refresh, window=window, delay=delay, temperature=temperature, cfg_scale=cfg_scale,
+                    stop_at_eos=stop_at_eos, suppress_eos=suppress_eos)
+    check(c, cache=cache, gen_length=gen_length, steps=steps, remasking=remasking, order=order, **settings)
     prompts = check_prompts(c, prompts, gen_length)
     B, P, L = len(prompts), max(map(len, prompts)), block_length
     pads, device = [P - len(p) for p in prompts], model.wte.weight.device
@@ -320,18 +322,15 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
         columns = [list(range(P, P + gen_length))] * B
     x = torch.tensor([p[:1] * pad + p + [c.mask_id] * gen_length for p, pad in zip(prompts, pads)], device=device)
     s = Batch(x=x, out=x.clone() if stop_at_eos else x, live=list(range(B)), pads=pads, pad=torch.tensor(pads, device=device) if any(pads) else None,
-              order=None if columns is None else torch.as_tensor(columns, device=device), config=c,
-              noise=torch.stack([torch.rand(steps, L, generator=g) for g in rngs]).to(device) if temperature else None, P=P, T=P + gen_length,
-              schedule=unmask_schedule(L, steps * L // gen_length), block_length=L, refresh=refresh or REFRESH[cache], window=window,
-              delay=delay, temperature=temperature, cfg_scale=cfg_scale, stop_at_eos=stop_at_eos, suppress_eos=suppress_eos,
-              on_step=on_step, run=[0] * B, full=[0] * B)
+              order=None if columns is None else torch.as_tensor(columns, device=device),
+              noise=torch.stack([torch.rand(steps, L, generator=g) for g in rngs]).to(device) if temperature else None,
+              schedule=unmask_schedule(L, steps * L // gen_length), config=c, P=P, T=P + gen_length, run=[0] * B, full=[0] * B, on_step=on_step, **settings)
     {"none": generate_none, "decode": generate_decode, "greedy": generate_greedy}[cache](model, s)
     tokens = [row[pad:] for row, pad in zip(s.out.tolist(), pads)]  # waits for the device
     return Result(tokens, s.forwards, s.run, s.full, time.perf_counter() - began)
 
 
-def check(config, *, cache, gen_length, steps, block_length, refresh, window, temperature, remasking, cfg_scale, suppress_eos, stop_at_eos, order=None,
-          delay=True):
+def check(config, *, cache, gen_length, steps, block_length, refresh, window, delay, temperature, cfg_scale, stop_at_eos, suppress_eos, remasking, order=None):
     """Raises ValueError at the first of generate's settings that cannot work."""
     def need(good, sentence):
         if not good:
@@ -339,7 +338,7 @@ def check(config, *, cache, gen_length, steps, block_length, refresh, window, te
     for name, value, known in (("cache", cache, CACHES), ("remasking", remasking, REMASKING), ("suppress_eos", suppress_eos, (None, "logits", "confidence"))):
         need(value in known, f"{name} is {value!r}, and has to be one of {', '.join(map(str, known))}")
     for name, value, low in (("gen_length", gen_length, 1), ("steps", steps, 1), ("block_length", block_length, 1), ("refresh", refresh, 1), ("window", window, 0)):
-        need(type(value) is int and value >= low or (name == "refresh" and value is None), f"{name} is {value!r}, and has to be a whole number of at least {low}")
+        need(type(value) is int and value >= low, f"{name} is {value!r}, and has to be a whole number of at least {low}")
     for name, value in (("temperature", temperature), ("cfg_scale", cfg_scale)):
         need(isinstance(value, (int, float)) and 0 <= value <= 1e6, f"{name} is {value!r}, and has to be a number from 0 to 1e6")
     need(gen_length % block_length == 0, f"gen_length {gen_length} is no multiple of block_length {block_length}")

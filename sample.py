@@ -127,8 +127,8 @@ def cut(ids, config):
 
 
 def is_right(text, answer):
-    """Is the final result, behind ####, that of the worked answer?"""
-    return "####" in text and text.split("####")[-1].strip() == answer.split("####")[-1].strip()
+    """Exact match of the whole worked answer, not of its result alone: a right result may stand behind wrong sums."""
+    return text.strip() == answer
 
 
 def printable(text):
@@ -246,11 +246,10 @@ def main(argv=None):
 
     gen_length = model.extra.get("gen_length", 128) if args.gen_length is None else args.gen_length
     steps = gen_length if args.steps is None else args.steps
-    block_length = model.extra.get("block_length", gen_length) if args.block_length is None else args.block_length
-    if args.block_length is None and gen_length % block_length:
-        block_length = gen_length
+    usual = model.extra.get("block_length")
+    block_length = args.block_length if args.block_length is not None else usual if usual and gen_length % usual == 0 else gen_length
     runs = plan(args, model.extra, gen_length, steps, block_length)
-    for how, _ in runs:  # what is wrong is said before hours of work, not after
+    for how, _ in runs:  # what is wrong is said before the work, not in the middle
         check(model.config, **how)
     check_prompts(model.config, [ids for _, ids, _ in questions], gen_length)
     repeats = 3 if graded and not args.json else 1  # the toy's times are short

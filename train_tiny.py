@@ -255,8 +255,8 @@ def exact_answers(path, n, device):
 # flags
 
 PRESETS = {
-    "quick": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=32, gen_length=32, block_length=32, ops=[1, 2], steps=3000, batch_size=64),
-    "bundled": dict(n_layer=4, n_head=7, n_embd=224, prompt_len=64, gen_length=64, block_length=32, ops=[3, 5], steps=3500, batch_size=32),
+    "quick": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=32, gen_length=32, block_length=32, ops=[1, 2], steps=2500, batch_size=64),
+    "bundled": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=32, gen_length=32, block_length=32, ops=[1, 2], steps=4500, batch_size=64),
 }
 DEFAULTS = dict(out="toy.pt", preset="quick", eval=100, vocab=512, lr=0.01, lr_adam=0.003, sums=0.1, val_every=250, seed=1, device="auto", amp="auto")
 MINIMUM = dict(n_layer=1, n_head=1, n_embd=2, prompt_len=1, gen_length=2, block_length=1, vocab=258, steps=1, batch_size=1, val_every=1, threads=1,

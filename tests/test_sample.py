@@ -67,8 +67,10 @@ def test_no_flags(tmp_path):
                                               ["greedy", "left_to_right"], ["none", "low_confidence"]]
     for row in table[1:]:  # the table counts what stands above it
         name = f"{row[0]}, {row[1]}, {row[3]} steps"
-        marks = re.findall(rf"^  {name} +(right|wrong)  .*#### ?(\d*)$", p.out, re.M)
-        assert row[4] == f"{sum(m == 'right' for m, _ in marks)}/8", (row, marks)
+        marks = re.findall(rf"^  {name} +(right|wrong)  (.*)$", p.out, re.M)
+        answers = [answer for _, answer in model.extra["problems"][:8]]
+        assert [mark == "right" for mark, _ in marks] == [said == answer for (_, said), answer in zip(marks, answers)]
+        assert row[4] == f"{sum(mark == 'right' for mark, _ in marks)}/8", (row, marks)
     ran = [int(row[5].replace(",", "")) for row in table[1:]]
     assert ran[1] < ran[0] and ran[3] < ran[2] == ran[0] == 2 * ran[4]
 
@@ -81,7 +83,7 @@ def test_the_bundled_model_answers():
     r = generate(model, [tokenizer.encode(extra["template"].replace("{}", q)) for q, _ in pairs], gen_length=extra["gen_length"], block_length=extra["block_length"])
     for (_, answer), tokens in zip(pairs, r.tokens):
         right += tokenizer.decode(tokens[-extra["gen_length"]:]).split("<|eos|>")[0] == answer
-    assert right >= 30, f"{right} of 60 worked answers right"
+    assert right >= 50, f"{right} of 60 worked answers right"
 
 
 def test_json_agrees_with_the_library():
@@ -120,6 +122,7 @@ def test_a_checkpoint_without_tokenizer_or_problems(bare, wordy):
     o = objects("--ckpt", bare, "--ids", "3,4", "--gen-length", 8)[0]
     assert o["text"] is None and len(o["ids"]) == 8
     assert "--ids" in sample("--ckpt", bare, "--prompt", "hi", code=2).err
+    assert "gen_length is 0" in sample("--ckpt", bare, "--ids", "3", "--gen-length", 0, code=2).err
     out = sample("--ckpt", wordy, "--prompt", "hi", "--gen-length", 32, "--cache", "all").out
     assert "right" not in out and "exact" not in out and "half" not in out and "16 steps" in out
     assert all(c == "\n" or c.isprintable() for c in out)  # the model cannot drive the terminal
