@@ -192,16 +192,14 @@ def test_user_errors_in_a_process_of_their_own(flags, words):
     assert p.returncode == 2 and words in p.stderr and p.stderr.count("\n") == 1 and p.stdout == "", p.stderr
 
 
-def test_input_that_is_not_utf8(tmp_path):
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
-    assert "not UTF-8" in sample("--prompts", tmp_path / "latin.txt", code=2).err
+def test_prompt_files_that_cannot_be_read(tmp_path):
+    for name, content, words in (("latin.txt", b"caf\xe9\n", "not UTF-8"), ("empty.txt", b"\n\n", "no prompt"), ("key.jsonl", b'{"question": "x"}\n', "`prompt`"),
+                                 ("none.jsonl", b'{"prompt": ""}\n', "empty"), ("number.jsonl", b'{"prompt": 3}\n', "text"), ("cut.jsonl", b'{"prompt": ', "JSON"),
+                                 ("deep.jsonl", b'{"prompt": ' + b"[" * 100000, "JSON")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            main(["--prompts", str(tmp_path / name)])
     assert "not UTF-8" in sample("--prompts", "-", code=2, input=b"\xff\xfe").err
-    (tmp_path / "bad.jsonl").write_text('{"question": "x"}\n')
-    assert "`prompt`" in sample("--prompts", tmp_path / "bad.jsonl", code=2).err
-    (tmp_path / "bad.jsonl").write_text('{"prompt": ""}\n')
-    assert "empty" in sample("--prompts", tmp_path / "bad.jsonl", code=2).err
-    (tmp_path / "empty.txt").write_text("\n\n")
-    assert "no prompt" in sample("--prompts", tmp_path / "empty.txt", code=2).err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
