@@ -15,6 +15,9 @@ The exact rules are those of the authors' code for LLaDA; tests/test_golden.py h
 
 Letters: B prompts, P prompt positions (longest), G = gen_length, T = P + G, L = block_length, V = n_vocab. A block is
 decoded before the next begins; k tokens are revealed in a step; m positions can be revealed in it; n positions run.
+In the loops: s the Batch, prompts and settings; lo the first column of the block; i the step in it, c the tokens revealed
+before that step; cand the candidates, the columns of which k are revealed; pos the columns run, None for all; rows where the
+candidates stand among them; just what the step has revealed.
 """
 import operator
 import time
@@ -31,8 +34,8 @@ class KVCache:
     """Keys (after RoPE) and values of every layer, each a tensor (n_layer, B, n_kv_head, T, head_dim) indexed by position.
     Attention does not care about the order of its keys, so nothing is ever moved: K/V are overwritten where they stand."""
     def __init__(self, model, B, T):
-        c, w = model.config, model.wte.weight
-        self.k, self.v = torch.zeros(2, c.n_layer, B, c.n_kv_head, T, c.head_dim, dtype=w.dtype, device=w.device)
+        config, w = model.config, model.wte.weight
+        self.k, self.v = torch.zeros(2, config.n_layer, B, config.n_kv_head, T, config.head_dim, dtype=w.dtype, device=w.device)
         self.T = T
         self.row = torch.arange(B, device=w.device)[:, None]
 
@@ -89,34 +92,34 @@ def generate_none(model, s):
     """No cache: every step runs the whole sequence. Agrees with llada_generate.py of the authors (LLaDA's generate.py)."""
     for lo in range(s.P, s.T, s.block_length):
         for i, (c, k) in enumerate(s.schedule):
-            want = wanted(s, lo, c, k)                                         # (B, m) where a token may be revealed now
+            cand = candidates(s, lo, c, k)                                     # (B, m) where a token may be revealed now
             # ----------------------------------------------------------------- which positions run: all
-            pos, rows = None, want
+            pos, rows = None, cand
             # -----------------------------------------------------------------
             logits = forward(model, s, pos, rows, cache=None)                  # (B, m, V)
-            just = reveal(s, lo, want, k, logits)                              # (B, k) what was revealed in this step
+            just = reveal(s, lo, cand, k, logits)                              # (B, k) what was revealed in this step
             report(s, pos, just)
         if not finish_block(s, lo):
             break
 
 
 def generate_decode(model, s):
-    """dKV-Cache-Decode. Agrees with llada_dkv_cache_decode.py of the authors. Stale are the K/V of tokens revealed earlier
-    than one step ago, until the next step that runs all."""
+    """dKV-Cache-Decode. Agrees with llada_dkv_cache_decode.py of the authors. Stale are the K/V of the prompt and of tokens
+    revealed earlier than one step ago, until the next step that runs all."""
     for lo in range(s.P, s.T, s.block_length):
         cache, just = new_cache(model, s), None                                # as in the reference, each block starts anew
         for i, (c, k) in enumerate(s.schedule):
-            want = wanted(s, lo, c, k)                                         # (B, m) where a token may be revealed now
+            cand = candidates(s, lo, c, k)                                     # (B, m) where a token may be revealed now
             # ----------------------------------------------------------------- which positions run
-            if i < 2 or i % s.refresh == 0:  # all; also at step 1, as the reference does: it stores nothing at step 0
-                pos, rows = None, want
+            if i < 2 or i % s.refresh == 0:  # all. At step 1 too: the authors store nothing at step 0
+                pos, rows = None, cand
             else:                            # masks, and what was revealed one step ago; older tokens keep their K/V
                 masks = first_masks(s, lo, s.T - lo - c)                       # (B, all masks), ascending
                 pos = torch.cat([masks, just], 1) if s.delay else masks
-                rows = torch.searchsorted(masks, want.contiguous())
+                rows = torch.searchsorted(masks, cand.contiguous())            # the masks stand first in pos
             # -----------------------------------------------------------------
             logits = forward(model, s, pos, rows, cache)                       # (B, m, V)
-            just = reveal(s, lo, want, k, logits)                              # (B, k) what was revealed in this step
+            just = reveal(s, lo, cand, k, logits)                              # (B, k) what was revealed in this step
             report(s, pos, just)
         if not finish_block(s, lo):
             break
@@ -128,17 +131,17 @@ def generate_greedy(model, s):
     for lo in range(s.P, s.T, s.block_length):
         cache, just = new_cache(model, s), None                                # as in the reference, each block starts anew
         for i, (c, k) in enumerate(s.schedule):
-            want = wanted(s, lo, c, k)                                         # (B, k) what will be revealed now
+            cand = candidates(s, lo, c, k)                                     # (B, k) what will be revealed now
             # ----------------------------------------------------------------- which positions run
             if i % s.refresh == 0:           # all; step 1 is no exception here
-                pos, rows = None, want
+                pos, rows = None, cand
             else:                            # revealed now, revealed one step ago, a window; the rest keep K/V, even masks
-                near = window(s, want, s.T - lo - c - k)                       # (B, k * s.window or fewer)
-                pos = torch.cat([want, just, near] if s.delay else [want, near], 1)
-                rows = torch.arange(k, device=pos.device).expand_as(want)
+                near = nearest_masks(s, cand, s.T - lo - c - k)                # (B, k * s.window or fewer)
+                pos = torch.cat([cand, just, near] if s.delay else [cand, near], 1)
+                rows = torch.arange(k, device=pos.device).expand_as(cand)
             # -----------------------------------------------------------------
             logits = forward(model, s, pos, rows, cache)                       # (B, k, V)
-            just = reveal(s, lo, want, k, logits)                              # (B, k) what was revealed in this step
+            just = reveal(s, lo, cand, k, logits)                              # (B, k) what was revealed in this step
             report(s, pos, just)
         if not finish_block(s, lo):
             break
@@ -164,7 +167,7 @@ def first_masks(s, lo, n):
     return masked.byte().argsort(dim=1, descending=True, stable=True)[:, :n] + lo
 
 
-def wanted(s, lo, c, k):
+def candidates(s, lo, c, k):
     """Where a token may be revealed in this step, (B, m), and so where logits are needed: the next k of the order where
     that is known ahead; else all masks of the block, of which the most confident will be taken."""
     if s.order is not None:
@@ -172,13 +175,13 @@ def wanted(s, lo, c, k):
     return first_masks(s, lo, s.block_length - c)
 
 
-def window(s, want, n_free):
+def nearest_masks(s, cand, n_free):
     """dKV-Greedy's window: for each target in turn the `window` nearest masks that are not taken yet, walking outwards,
     left side first, across decoded tokens and across the end of the block. n_free: masks left beside the targets."""
-    free = (s.x == s.config.mask_id).scatter(1, want, False)                   # (B, T)
+    free = (s.x == s.config.mask_id).scatter(1, cand, False)                   # (B, T)
     column = torch.arange(s.T, device=s.x.device)
     near = []
-    for target in want.split(1, dim=1):                                        # (B, 1)
+    for target in cand.split(1, dim=1):                                        # (B, 1)
         n = min(s.window, n_free)
         n_free -= n
         away = column - target
@@ -207,7 +210,7 @@ def forward(model, s, pos, rows, cache):
     return logits
 
 
-def reveal(s, lo, want, k, logits):
+def reveal(s, lo, cand, k, logits):
     """Proposes a token for each wanted position and writes k of them into s.x: all if the order is known ahead, else the
     most confident. -> their columns (B, k)."""
     if s.suppress_eos == "logits":
@@ -215,14 +218,14 @@ def reveal(s, lo, want, k, logits):
     if s.temperature == 0:
         token = logits.argmax(-1)                                              # (B, m)
     else:  # the inverse of the distribution function, at a number that belongs to the prompt, the step and the position
-        u = s.noise[:, s.forwards].gather(1, want - lo)                        # (B, m)
+        u = s.noise[:, s.forwards].gather(1, cand - lo)                        # (B, m)
         odds = ((logits.double() - logits.amax(-1, keepdim=True)) / s.temperature).softmax(-1).cumsum(-1)  # (B, m, V)
         token = torch.searchsorted(odds, (u * odds[..., -1])[..., None], right=True).squeeze(-1)
     if s.order is None:
         best = confidence(s, logits, token).argsort(dim=1, descending=True, stable=True)[:, :k]  # ties: the leftmost
-        want, token = want.gather(1, best), token.gather(1, best)
-    s.x.scatter_(1, want, token)
-    return want
+        cand, token = cand.gather(1, best), token.gather(1, best)
+    s.x.scatter_(1, cand, token)
+    return cand
 
 
 def confidence(s, logits, token):
@@ -299,7 +302,7 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
     Raises ValueError, one sentence, for what a user got wrong.
     """
     began = time.perf_counter()
-    c = model.config
+    config = model.config
     steps = gen_length if steps is None else steps
     block_length = gen_length if block_length is None else block_length
     refresh = REFRESH.get(cache) if refresh is None else refresh
@@ -307,8 +310,8 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
         remasking = "random" if cache == "greedy" or order is not None else "low_confidence"
     settings = dict(block_length=block_length, refresh=refresh, window=window, delay=delay, temperature=temperature, cfg_scale=cfg_scale,
                     stop_at_eos=stop_at_eos, suppress_eos=suppress_eos)
-    check(c, cache=cache, gen_length=gen_length, steps=steps, remasking=remasking, order=order, **settings)
-    prompts = check_prompts(c, prompts, gen_length)
+    check(config, cache=cache, gen_length=gen_length, steps=steps, remasking=remasking, order=order, **settings)
+    prompts = check_prompts(config, prompts, gen_length)
     B, P, L = len(prompts), max(map(len, prompts)), block_length
     pads, device = [P - len(p) for p in prompts], model.wte.weight.device
     given = check_generators(generator, B)
@@ -320,11 +323,11 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
         columns = torch.stack([torch.cat([torch.randperm(L, generator=g) + lo for lo in range(P, P + gen_length, L)]) for g in rngs])
     elif remasking == "left_to_right":
         columns = [list(range(P, P + gen_length))] * B
-    x = torch.tensor([p[:1] * pad + p + [c.mask_id] * gen_length for p, pad in zip(prompts, pads)], device=device)
+    x = torch.tensor([p[:1] * pad + p + [config.mask_id] * gen_length for p, pad in zip(prompts, pads)], device=device)
     s = Batch(x=x, out=x.clone() if stop_at_eos else x, live=list(range(B)), pads=pads, pad=torch.tensor(pads, device=device) if any(pads) else None,
               order=None if columns is None else torch.as_tensor(columns, device=device),
               noise=torch.stack([torch.rand(steps, L, generator=g) for g in rngs]).to(device) if temperature else None,
-              schedule=unmask_schedule(L, steps * L // gen_length), config=c, P=P, T=P + gen_length, run=[0] * B, full=[0] * B, on_step=on_step, **settings)
+              schedule=unmask_schedule(L, steps * L // gen_length), config=config, P=P, T=P + gen_length, run=[0] * B, full=[0] * B, on_step=on_step, **settings)
     {"none": generate_none, "decode": generate_decode, "greedy": generate_greedy}[cache](model, s)
     tokens = [row[pad:] for row, pad in zip(s.out.tolist(), pads)]  # waits for the device
     return Result(tokens, s.forwards, s.run, s.full, time.perf_counter() - began)

@@ -264,8 +264,8 @@ def main(argv=None):
             mark = "" if right is None else "right  " if is_right(said[i], right) else "wrong  "
             print(f"  {name(how):34}  {mark}{printable(said[i]) if tokenizer else answered[i][0]}")
         print()
-    lengths = sorted(len(ids) for _, ids, _ in questions)
-    print(f"{device}, {torch.get_num_threads()} threads, {str(model.wte.weight.dtype)[6:]}, {len(questions)} prompts of {lengths[0]} to {lengths[-1]} tokens in batches of "
+    lengths, plural = sorted(len(ids) for _, ids, _ in questions), lambda n, word: f"{n} {word}{'s' * (n != 1)}"
+    print(f"{device}, {plural(torch.get_num_threads(), 'thread')}, {str(model.wte.weight.dtype)[6:]}, {plural(len(questions), 'prompt')} of {lengths[0]} to {lengths[-1]} tokens in batches of "
           f"{min(args.batch_size, len(questions))}, {gen_length} tokens each (EOS padding included), blocks of {block_length}" + (f", medians of {repeats}" if repeats > 1 else ""))
     print(table(runs, answers, seconds, questions, [sum(is_right(t, q[2]) for t, q in zip(said, questions)) for said in texts] if graded else None))
     return 0
