@@ -99,19 +99,20 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rope_angles(pos, head_dim, theta):
-    """Angles of the given positions, pos (B, n) -> (B, n, hs) float32. Computed afresh in every forward (once, not once a
-    layer): there is no table to store, to move to a device or to outgrow."""
+def rope(pos, head_dim, theta):
+    """Cosines and sines of the given positions, pos (B, n) -> two of (B, n, hs) float32. Half-split layout: dimension i turns
+    with i + hs/2, so the first half of the sines is negated. Computed afresh in every forward (once, not once a layer): there
+    is no table to store, to move to a device or to outgrow."""
     inv_freq = theta ** -(torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)
-    half = pos[..., None].float() * inv_freq
-    return torch.cat([half, half], dim=-1)
+    angles = pos[..., None].float() * inv_freq
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Rotary positions, half-split layout: dimension i is paired with i + hs/2. x (B, n, heads, hs), cos, sin (B, n, hs)."""
+    """Rotary positions: x (B, n, heads, hs), cos and sin (B, n, hs) as rope() gives them."""
     y = at_least_float32(x)
-    a, b = y.chunk(2, dim=-1)
-    return (y * cos[:, :, None] + torch.cat([-b, a], dim=-1) * sin[:, :, None]).to(x.dtype)
+    return (y * cos[:, :, None] + y.roll(y.shape[-1] // 2, dims=-1) * sin[:, :, None]).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -125,12 +126,12 @@ class Attention(nn.Module):
         self.o = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.grouped = config.n_kv_head != config.n_head
 
-    def forward(self, x, queries, rope, query_rope, mask, store):
+    def forward(self, x, queries, cos_sin, query_cos_sin, mask, store):
         """x (B, n, C) gives keys and values, queries (B, m, C) ask; store puts K, V (B, nkv, n, hs) into the cache and
         returns all that is attended (B, nkv, T, hs). Never causal."""
-        k = rotate(self.k(x).unflatten(-1, (-1, self.head_dim)), *rope).transpose(1, 2)            # (B, nkv, n, hs)
+        k = rotate(self.k(x).unflatten(-1, (-1, self.head_dim)), *cos_sin).transpose(1, 2)         # (B, nkv, n, hs)
         v = self.v(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                           # (B, nkv, n, hs)
-        q = rotate(self.q(queries).unflatten(-1, (-1, self.head_dim)), *query_rope).transpose(1, 2)  # (B, nh, m, hs)
+        q = rotate(self.q(queries).unflatten(-1, (-1, self.head_dim)), *query_cos_sin).transpose(1, 2)  # (B, nh, m, hs)
         k, v = store(k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)        # (B, nh, m, hs)
         return self.o(y.transpose(1, 2).flatten(2))
@@ -156,13 +157,13 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, store, rows=None):
+    def forward(self, x, cos_sin, mask, store, rows=None):
         h = queries = self.attn_norm(x)
-        query_rope = rope
+        query_cos_sin = cos_sin
         if rows is not None:  # every position gives keys and values, but only these rows go on
             x, queries = gather_rows(x, rows), gather_rows(h, rows)
-            query_rope = [gather_rows(r, rows) for r in rope]
-        x = x + self.attn(h, queries, rope, query_rope, mask, store)
+            query_cos_sin = [gather_rows(r, rows) for r in cos_sin]
+        x = x + self.attn(h, queries, cos_sin, query_cos_sin, mask, store)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -208,13 +209,12 @@ class DiffusionLM(nn.Module):
             keys = where if cache is None else torch.arange(cache.T, device=tokens.device)[None]    # what is attended
             mask = (keys >= pad[:, None])[:, None, None, :]                                         # (B, 1, 1, T)
             where = (where - pad[:, None]).clamp(min=0)
-        angles = rope_angles(where, self.config.head_dim, self.config.rope_theta)
-        rope = [r.expand(B, -1, -1) for r in (angles.cos(), angles.sin())]                          # (B, n, hs) each
+        cos_sin = [r.expand(B, -1, -1) for r in rope(where, self.config.head_dim, self.config.rope_theta)]  # (B, n, hs) each
         x = self.wte(tokens)                                                                        # (B, n, C)
         for i, block in enumerate(self.blocks):
             store = partial(cache.update, i, pos) if cache is not None else lambda k, v: (k, v)
             # after the last layer nobody attends: only the rows that need logits have to get through it
-            x = block(x, rope, mask, store, rows if i == len(self.blocks) - 1 else None)
+            x = block(x, cos_sin, mask, store, rows if i == len(self.blocks) - 1 else None)
         return self.head(self.norm(x))                                                              # (B, m, V)
 
 # ---------------------------------------------------------------------------------------------------------------------
