@@ -2,15 +2,19 @@
 
 python sample.py                                          held-out questions, every cache, and a table
 python sample.py --prompt "Anna has 7 boxes of 8 pens. She loses 9. How many pens are left?"
+python sample.py --watch                                  see which positions each step runs
 python sample.py --prompts questions.txt --cache none --json > answers.jsonl
 python sample.py --ckpt llada --cache decode              LLaDA-8B, once its weights are converted
 """
 import argparse
+import contextlib
 import json
 import os
 import random
 import statistics
 import sys
+import time
+import unicodedata
 
 import torch
 from tqdm import tqdm
@@ -54,7 +58,14 @@ def parse_args(argv):
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: float32 below a billion parameters, else as stored")
     g.add_argument("--batch-size", type=int, default=8, metavar="PROMPTS", help="prompts answered at once (8)")
     g.add_argument("--json", action="store_true", help="one JSON object per prompt and cache on stdout, nothing else")
+    g.add_argument("--watch", type=float, nargs="?", const=0.1, metavar="SECONDS", help="show every step, in a terminal for so many seconds (0.1); in a pipe a line a step")
     args = p.parse_args(argv)
+    if args.watch is not None:
+        if not 0 <= args.watch <= 60:
+            raise ValueError(f"--watch is {args.watch}, and has to be 0 to 60 seconds")
+        if args.json:
+            raise ValueError("--watch and --json both want stdout: leave one of them out")
+        args.batch_size = 1
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}, and has to be at least 1")
     if args.refresh not in (None, "never"):
@@ -143,6 +154,8 @@ def find_questions(args, extra, tokenizer):
     pairs = [(text, None) for text in texts]
     if not texts and not ids:
         pairs = extra["problems"][:N_DEMO] if "problems" in extra else [(text, None) for text in extra.get("prompts", PROMPTS)]
+        if args.watch is not None:  # one question, to look at
+            pairs, args.cache = pairs[:1], args.cache or "decode"
         args.cache = args.cache or "all"
     args.cache = args.cache or "decode"
     if pairs and tokenizer is None:
@@ -177,7 +190,8 @@ def plan(args, extra, gen_length, steps, block_length):
 
 
 def table(runs, answers, seconds, questions, right):
-    """-> the table under the answers, a line a run. right: how many answers of each run are, None where that is unknown."""
+    """-> the table under the answers, a line a run. right: how many answers of each run are; None where that is unknown, and
+    so are seconds where they do not count."""
     lines = [["cache", "order", "refresh", "steps", "exact", "positions run", "fewer by", "seconds", "tokens/s", "speed-up", "same tokens"]]
     for i, (how, base) in enumerate(runs):
         ran, full = (sum(getattr(result, name)[row] for _, result, row in answers[i]) for name in ("positions_run", "positions_full"))
@@ -185,19 +199,132 @@ def table(runs, answers, seconds, questions, right):
         tokens = len(questions) * how["gen_length"]
         never = how["refresh"] >= how["block_length"] * how["steps"] / how["gen_length"]
         line = [how["cache"], how["remasking"], "-" if how["cache"] == "none" else "never" if never else how["refresh"], how["steps"],
-                f"{right[i]}/{len(questions)}" if right else "-", f"{ran:,}", f"{full / ran:.2f}x", f"{seconds[i]:.2f}", f"{tokens / seconds[i]:,.0f}", "-", "-"]
+                f"{right[i]}/{len(questions)}" if right else "-", f"{ran:,}", f"{full / ran:.2f}x", "-", "-", "-", "-"]
+        if seconds:
+            line[7:9] = f"{seconds[i]:.2f}", f"{tokens / seconds[i]:,.0f}"
         if base is not None:
             same = sum(x == y for (a, *_), (b, *_) in zip(answers[i], answers[base]) for x, y in zip(a, b))
-            line[-2:] = f"{seconds[base] / seconds[i]:.2f}x", f"{100 * same / tokens:.0f}%"
+            line[9:] = f"{seconds[base] / seconds[i]:.2f}x" if seconds else "-", f"{100 * same / tokens:.0f}%"
         lines.append([str(cell) for cell in line])
-    if not right:
-        lines = [line[:4] + line[5:] for line in lines]
+    drop = ([] if right else [4]) + ([] if seconds else [7, 8, 9])
+    lines = [[cell for c, cell in enumerate(line) if c not in drop] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(line, widths))) for line in lines)
 
 
 def name(how):
     return f"{how['cache']}, {how['remasking']}, {how['steps']} steps"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --watch
+
+MARKS = {"*": ("just decoded", "1;32"), "#": ("run", "33"), ".": ("from cache", "36"), "o": ("mask, run", "2;33"),
+         "_": ("mask, from cache", "2;36")}  # character: meaning, colour
+LEGEND = [f"{mark} {meaning}" for mark, (meaning, _) in MARKS.items()] + ["$ end of text"]
+
+
+def width(text):
+    """Columns that text takes in a terminal."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def clip(text, columns):
+    while width(text) > columns:
+        text = text[:-1]
+    return text
+
+
+def fill(pieces, columns):
+    """-> lines of at most so many columns."""
+    lines = [clip(pieces[0], columns)]
+    for piece in pieces[1:]:
+        if width(lines[-1]) + 2 + width(piece) <= columns:
+            lines[-1] += "  " + piece
+        else:
+            lines.append(clip(piece, columns))
+    return lines
+
+
+class Watch:
+    """An on_step of generate, for one prompt. In a terminal the text is unmasked in place, a mark under every token; in a
+    pipe each step is a line, with a mark for every position of prompt and answer."""
+    def __init__(self, tokenizer, config, how, pause):
+        self.tokenizer, self.config, self.how, self.pause = tokenizer, config, how, pause
+        self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.colour = self.live and not os.environ.get("NO_COLOR")
+        self.run = self.full = 0
+        self.cells = []
+
+    def __enter__(self):
+        if self.live:  # the terminal's second screen: what a resize does to it, the next step repairs
+            print("\x1b[?1049h\x1b[?25l", end="")
+        else:
+            print(name(self.how), *LEGEND, sep="  ")
+        return self
+
+    def __exit__(self, fault, *_):
+        if self.live:
+            print("\n\x1b[?25h\x1b[?1049l", end="", flush=True)
+            if not fault:
+                print(*self.frame(self.size()[0]), "", sep="\n")
+        else:
+            print()
+
+    def size(self):
+        with contextlib.suppress(OSError, ValueError):
+            columns, lines = os.get_terminal_size(sys.stdout.fileno())
+            if columns and lines:
+                return columns, lines
+        return 80, 24
+
+    def text(self, token):
+        if token == self.config.mask_id:
+            return "_"
+        if token in (self.config.eos_id, self.config.eot_id):
+            return "$"
+        return printable(self.tokenizer.decode([token])).replace("\n", "\\n") if self.tokenizer else f"{token} "
+
+    def __call__(self, step, tokens, run, decoded):
+        tokens, run, decoded = (t[0].tolist() for t in (tokens, run, decoded))
+        marks = ["*" if d else ("_o" if t == self.config.mask_id else ".#")[r] for t, r, d in zip(tokens, run, decoded)]
+        n, T, G = sum(run), len(run), self.how["gen_length"]
+        self.run, self.full = self.run + n, self.full + T
+        self.cells = [(self.text(t) or " ", mark) for t, mark in zip(tokens, marks)]
+        share = f"{100 * (T - n) / T:3.0f}% from cache"
+        self.status = [f"step {step + 1}/{self.how['steps']}", f"{n} of {T} run", share.strip(), f"so far {self.full / self.run:.2f}x fewer"]
+        if not self.live:
+            new = " ".join(repr(text) for text, mark in self.cells if mark == "*")
+            print(f"step {step + 1:3}  run {n:3} of {T}  {share}  {''.join(marks[:-G])}|{''.join(marks[-G:])}  {new}")
+        else:
+            columns, lines = self.size()
+            print("\x1b[H" + "\x1b[K\n".join(self.frame(columns, lines)) + "\x1b[J", end="", flush=True)
+            time.sleep(self.pause)
+
+    def frame(self, columns, lines=None):
+        """-> the lines of the picture, none wider than columns; where they are too many, those around what was just decoded."""
+        columns = max(1, columns - 1)  # the last column would wrap in some terminals
+        rows, used, G = [[]], 0, self.how["gen_length"]
+        for i, (text, mark) in enumerate(self.cells):
+            text = clip(text, columns)
+            used += width(text)
+            if used > columns or i == len(self.cells) - G:  # the answer begins on a line of its own
+                rows.append([])
+                used = width(text)
+            rows[-1].append((text, mark))
+        top, bottom = [clip(name(self.how), columns), *fill(self.status, columns), ""], ["", *fill(LEGEND, columns)]
+        if lines:
+            room = max(1, (lines - len(top) - len(bottom)) // 2)
+            now = next((r for r, row in enumerate(rows) if any(mark == "*" for _, mark in row)), 0)
+            first = max(0, min(now - room // 2, len(rows) - room))
+            rows = rows[first:first + room]
+        middle = []
+        for row in rows:
+            middle.append("".join(self.paint(text, mark) for text, mark in row))
+            middle.append("".join(self.paint(mark * width(text), mark) for text, mark in row))
+        return (top + middle + bottom)[:lines]
+
+    def paint(self, text, mark):
+        return f"\x1b[{MARKS[mark][1]}m{text}\x1b[m" if self.colour else text
 
 
 def answer(model, tokenizer, questions, runs, args, repeats):
@@ -207,7 +334,7 @@ def answer(model, tokenizer, questions, runs, args, repeats):
     seconds = [[0.0] * repeats for _ in runs]
     batches = range(0, len(questions), args.batch_size)
     model(torch.full((1, 8), model.config.mask_id, device=model.wte.weight.device))  # a first call is slow: not to be timed
-    bar = tqdm(total=sum(how["steps"] for how, _ in runs) * len(batches) * repeats, unit="step", disable=None, leave=False)
+    bar = tqdm(total=sum(how["steps"] for how, _ in runs) * len(batches) * repeats, unit="step", disable=None if args.watch is None else True, leave=False)
     model.register_forward_hook(lambda *_: bar.update())
     for repeat in range(repeats):
         for first in batches:
@@ -216,7 +343,8 @@ def answer(model, tokenizer, questions, runs, args, repeats):
                 bar.set_description(name(how))
                 # what is random belongs to the prompt, by seed and index: answers do not depend on the batch
                 rngs = [torch.Generator().manual_seed(random.Random(f"{args.seed} {first + j}").getrandbits(32)) for j in range(len(part))]
-                result = generate(model, [ids for _, ids, _ in part], generator=rngs, **how)
+                with contextlib.nullcontext() if args.watch is None else Watch(tokenizer, model.config, how, args.watch) as view:
+                    result = generate(model, [ids for _, ids, _ in part], generator=rngs, on_step=view, **how)
                 seconds[i][repeat] += result.seconds
                 for j, (tokens, (_, ids, _)) in enumerate(zip(result.tokens, part)):
                     answers[i][first + j] = tokens[len(ids):], result, j
@@ -252,7 +380,7 @@ def main(argv=None):
     for how, _ in runs:  # what is wrong is said before the work, not in the middle
         check(model.config, **how)
     check_prompts(model.config, [ids for _, ids, _ in questions], gen_length)
-    repeats = 3 if graded and not args.json else 1  # the toy's times are short
+    repeats = 3 if graded and not args.json and args.watch is None else 1  # the toy's times are short
     answers, seconds = answer(model, tokenizer, questions, runs, args, repeats)
     if args.json:
         return 0
@@ -267,7 +395,7 @@ def main(argv=None):
     lengths, plural = sorted(len(ids) for _, ids, _ in questions), lambda n, word: f"{n} {word}{'s' * (n != 1)}"
     print(f"{device}, {plural(torch.get_num_threads(), 'thread')}, {str(model.wte.weight.dtype)[6:]}, {plural(len(questions), 'prompt')} of {lengths[0]} to {lengths[-1]} tokens in batches of "
           f"{min(args.batch_size, len(questions))}, {gen_length} tokens each (EOS padding included), blocks of {block_length}" + (f", medians of {repeats}" if repeats > 1 else ""))
-    print(table(runs, answers, seconds, questions, [sum(is_right(t, q[2]) for t, q in zip(said, questions)) for said in texts] if graded else None))
+    print(table(runs, answers, seconds if args.watch is None else None, questions, [sum(is_right(t, q[2]) for t, q in zip(said, questions)) for said in texts] if graded else None))
     return 0
 
 

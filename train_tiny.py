@@ -36,6 +36,7 @@ THINGS = "apples pens coins cards shells stamps books cups nuts stones candles b
 HOLDERS = "boxes bags baskets trays jars drawers crates bowls".split()
 MORE = "finds buys wins makes collects borrows".split()
 LESS = "loses sells breaks lends eats wastes".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 TEMPLATE = "{}\n"  # how a question stands in a prompt
 
 
@@ -44,15 +45,15 @@ def problem(rng, ops):
 
     numbers identify it whatever the wording: (7, 8, -9, 5) is 7*8, minus 9, plus 5; no result leaves 0..99."""
     a, b = rng.randint(2, 9), rng.randint(2, 9)
-    who, names = rng.choice([("She", SHE), ("He", HE)])
+    who, names = rng.choice([("she", SHE), ("he", HE)])
     name, thing, holder = rng.choice(names), rng.choice(THINGS), rng.choice(HOLDERS)
     numbers, total = [a, b], a * b
     question, answer = [f"{name} has {a} {holder} of {b} {thing}."], [f"{a}*{b}={total}."]
-    for _ in range(ops):
+    for day in DAYS[:ops]:
         d = rng.choice([d for d in range(-9, 10) if d and 0 <= total + d <= 99])
         numbers.append(d)
-        question.append(f"{who} {rng.choice(MORE)} {d} more." if d > 0 else f"{who} {rng.choice(LESS)} {-d}.")
-        answer.append(f"{total}{d:+d}={total + d}.")
+        question.append(f"{day} {who} {rng.choice(MORE)} {d} more." if d > 0 else f"{day} {who} {rng.choice(LESS)} {-d}.")
+        answer.append(f"{day} {total}{d:+d}={total + d}.")
         total += d
     return tuple(numbers), " ".join(question) + f" How many {thing} are left?", " ".join(answer) + f" #### {total}"
 
@@ -103,21 +104,33 @@ def sum_rows(rng, B, T, tokenizer):
     return torch.tensor(rows, dtype=torch.int64).view(B, T)
 
 
-def mask_results(rng, tokens, tokenizer, chain):
-    """Masks that ask for arithmetic: all behind a random result is masked, as it is while an answer is decoded; what counts
-    are the results up to there (chain: that last one alone, since the next sum begins with the result of the one before).
-    Half of them show their first digit. Departs from LLaDA's uniform masks, under which most results cannot be known, and a
-    small model learns all of a story but its sums. -> masked (B, T), weight (B, T) that sums to 1 in every row"""
+def mask_sums(rng, tokens, tokenizer):
+    """Masks for bare sums: all results up to a random one, and all behind it; half of the results show their first digit.
+    What counts are the results. -> masked (B, T), weight (B, T) that sums to 1 in every row"""
     equal, dot = tokenizer.encode("=")[0], tokenizer.encode(".")[0]
     masked, wanted = torch.zeros(2, *tokens.shape, dtype=torch.bool)
     for r, row in enumerate(tokens.tolist()):
         starts = [i + 1 for i, token in enumerate(row) if token == equal and dot in row[i:]]
-        last = rng.randrange(len(starts))
-        for i in starts[last if chain else 0:last + 1]:
+        for i in starts[:rng.randrange(len(starts)) + 1]:
             end = row.index(dot, i)
             wanted[r, i + (end - i > 1 and rng.random() < 0.5):end] = True
-        masked[r, end:] = True  # the end of the last result
+        masked[r, end:] = True
     return masked | wanted, wanted / wanted.sum(1, keepdim=True)
+
+
+def mask_tail(rng, tokens, start, tokenizer):
+    """Masks for answers, which begin at column start: all from a random token on, as it is while an answer is decoded. What
+    counts is the rest of the sum that the token belongs to; every other row is cut in a result. -> as mask_sums"""
+    equal, dot, eos = tokenizer.encode("=")[0], tokenizer.encode(".")[0], tokenizer.special["<|eos|>"]
+    masked, wanted = torch.zeros(2, *tokens.shape, dtype=torch.bool)
+    for r, row in enumerate(tokens.tolist()):
+        ends = [start] + [i + 1 for i in range(start, len(row)) if row[i] == dot] + [row.index(eos, start) + 1]
+        lo, hi = rng.choice([*zip(ends, ends[1:])])
+        if r % 2 and equal in row[lo:hi]:
+            lo = row.index(equal, lo) + 1
+        lo = rng.randrange(lo, hi)
+        masked[r, lo:] = wanted[r, lo:hi] = True
+    return masked, wanted / wanted.sum(1, keepdim=True)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the tokenizer: byte-level BPE, cut into pieces as LLaDA's, digits one by one
@@ -179,17 +192,18 @@ class Problems:
     def batch(self, step):
         args, rng = self.args, random.Random(f"{self.args.seed} {step}")
         g = torch.Generator().manual_seed(rng.getrandbits(32))
-        # bare sums alone at first; then LLaDA's stories, with some sums and some chains among them
-        n_sums = args.batch_size if step < args.sums * args.steps else args.batch_size // 8
-        n_chains = (args.batch_size - n_sums) // 4
-        sums = sum_rows(rng, n_sums, args.prompt_len + args.gen_length, self.tokenizer)
-        parts = [(sums, *mask_results(rng, sums, self.tokenizer, chain=False), torch.zeros(n_sums, dtype=torch.int64))]
-        if n_sums < args.batch_size:
+        # bare sums alone at first; then LLaDA's stories, with some sums among them, and some stories that are cut
+        n_sums, T, parts = args.batch_size, args.prompt_len + args.gen_length, []
+        if step >= args.sums * args.steps:
+            n_sums = args.batch_size // 8
             pairs = problems(rng, args.batch_size - n_sums, args.ops, "train")
-            tokens, pad, frozen = story_rows(pairs, self.tokenizer, args.prompt_len, args.gen_length)
-            chains, stories = slice(n_chains), slice(n_chains, None)
-            parts += [(tokens[chains], *mask_results(rng, tokens[chains], self.tokenizer, chain=True), pad[chains]),
-                      (tokens[stories], *diffusion_noise(frozen[stories], generator=g), pad[stories])]
+            longest = max(len(self.tokenizer.encode(TEMPLATE.replace("{}", q))) for q, _ in pairs)  # saves padding
+            tokens, pad, frozen = story_rows(pairs, self.tokenizer, longest, args.gen_length)
+            T, cut = tokens.shape[1], len(tokens) * 3 // 8
+            parts = [(tokens[:cut], *mask_tail(rng, tokens[:cut], longest, self.tokenizer), pad[:cut]),
+                     (tokens[cut:], *diffusion_noise(frozen[cut:], generator=g), pad[cut:])]
+        sums = sum_rows(rng, n_sums, T, self.tokenizer)
+        parts += [(sums, *mask_sums(rng, sums, self.tokenizer), torch.zeros(n_sums, dtype=torch.int64))]
         return [torch.cat(column) for column in zip(*parts)]  # tokens, masked, weight, pad
 
 
@@ -256,7 +270,7 @@ def exact_answers(path, n, device):
 
 PRESETS = {
     "quick": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=32, gen_length=32, block_length=32, ops=[1, 2], steps=2500, batch_size=64),
-    "bundled": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=32, gen_length=32, block_length=32, ops=[1, 2], steps=4500, batch_size=64),
+    "bundled": dict(n_layer=4, n_head=4, n_embd=224, prompt_len=64, gen_length=64, block_length=32, ops=[2, 4], steps=3000, batch_size=64),
 }
 DEFAULTS = dict(out="toy.pt", preset="quick", eval=100, vocab=512, lr=0.01, lr_adam=0.003, sums=0.1, val_every=250, seed=1, device="auto", amp="auto")
 MINIMUM = dict(n_layer=1, n_head=1, n_embd=2, prompt_len=1, gen_length=2, block_length=1, vocab=258, steps=1, batch_size=1, val_every=1, threads=1,
