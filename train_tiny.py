@@ -198,7 +198,7 @@ class Problems:
             n_sums = args.batch_size // 8
             pairs = problems(rng, args.batch_size - n_sums, args.ops, "train")
             longest = max(len(self.tokenizer.encode(TEMPLATE.replace("{}", q))) for q, _ in pairs)  # saves padding
-            tokens, pad, frozen = story_rows(pairs, self.tokenizer, longest, args.gen_length)
+            tokens, pad, frozen = story_rows(pairs, self.tokenizer, min(longest, args.prompt_len), args.gen_length)
             T, cut = tokens.shape[1], len(tokens) * 3 // 8
             parts = [(tokens[:cut], *mask_tail(rng, tokens[:cut], longest, self.tokenizer), pad[:cut]),
                      (tokens[cut:], *diffusion_noise(frozen[cut:], generator=g), pad[cut:])]
@@ -269,7 +269,7 @@ def exact_answers(path, n, device):
 # flags
 
 PRESETS = {
-    "quick": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=32, gen_length=32, block_length=32, ops=[1, 2], steps=2500, batch_size=64),
+    "quick": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=40, gen_length=32, block_length=32, ops=[1, 2], steps=2000, batch_size=64),
     "bundled": dict(n_layer=4, n_head=4, n_embd=224, prompt_len=64, gen_length=64, block_length=32, ops=[2, 4], steps=3000, batch_size=64),
 }
 DEFAULTS = dict(out="toy.pt", preset="quick", eval=100, vocab=512, lr=0.01, lr_adam=0.003, sums=0.1, val_every=250, seed=1, device="auto", amp="auto")
@@ -318,8 +318,8 @@ def parse_args(argv=None):
         value = getattr(args, name)
         if value is not None and not low <= value < 2**31:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, and has to be at least {low}")
-    if not 1 <= args.ops[0] <= args.ops[1]:
-        raise ValueError(f"--ops is {args.ops[0]} {args.ops[1]}, and has to be MIN MAX with 1 <= MIN <= MAX")
+    if not 1 <= args.ops[0] <= args.ops[1] <= len(DAYS):
+        raise ValueError(f"--ops is {args.ops[0]} {args.ops[1]}, and has to be MIN MAX with 1 <= MIN <= MAX <= {len(DAYS)}")
     if args.gen_length % args.block_length:
         raise ValueError(f"--gen-length {args.gen_length} is no multiple of --block-length {args.block_length}")
     if not os.access(os.path.dirname(os.path.abspath(args.out)), os.W_OK):

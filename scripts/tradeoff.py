@@ -1,8 +1,9 @@
 """What each cache loses and saves on the word problems: every run answers the same held-out problems, and is compared with the
 run without a cache in the same order, problem by problem.
 
-python scripts/tradeoff.py                       1,000 problems, 24 runs: about an hour on two cores
+python scripts/tradeoff.py                            1,000 problems, 20 runs
 python scripts/tradeoff.py --n 100 --ckpt toy.pt
+python scripts/tradeoff.py --log outcomes.jsonl       keep every answer; a run that was cut off goes on from there
 
 Prints a table in markdown. Intervals are of 95%: Wilson's for a share, Bonett and Price's (2012) for the difference of two
 shares on the same problems. Seconds are left out: sample.py measures those.
@@ -27,14 +28,14 @@ NEVER = 10**6
 def runs():
     """-> [(settings, number of the run it is compared with)]"""
     found = [(dict(cache="none"), None), (dict(cache="none", steps=1 / 2), 0), (dict(cache="none", steps=1 / 4), 0)]
-    for refresh in (4, 8, 16, NEVER):
+    for refresh in (8, NEVER):
         found += [(dict(cache="decode", refresh=refresh), 0), (dict(cache="decode", refresh=refresh, delay=False), 0)]
     found += [(dict(cache="decode", refresh=8, steps=1 / 2), 1)]
     for order in ("left_to_right", "random"):
         base = len(found)
         found += [(dict(cache="none", remasking=order), None)]
-        for refresh in (2, 4, 8, NEVER) if order == "left_to_right" else (2,):
-            found += [(dict(cache="greedy", remasking=order, refresh=refresh, window=window), base) for window in (4, 0)]
+        for refresh, window in [(r, w) for r in (2, 4, 8, NEVER) for w in (4, 0)] if order == "left_to_right" else [(2, 4)]:
+            found += [(dict(cache="greedy", remasking=order, refresh=refresh, window=window), base)]
         found += [(dict(cache="greedy", remasking=order, refresh=2, delay=False), base)]
     return found
 
@@ -46,7 +47,7 @@ def start_worker(ckpt, device):
 
 
 def answer(task):
-    """One run on some problems -> (number of the run, of the first problem, [(right, ids)], positions run, positions of all steps)."""
+    """One run on some problems -> dict of lists and counts, `full` being what all steps without a cache would run."""
     run, first, n = task
     how, _ = runs()[run]
     extra, pairs = model.extra, model.extra["problems"][first:first + n]
@@ -56,7 +57,21 @@ def answer(task):
     r = generate(model, prompts, gen_length=G, block_length=extra["block_length"], generator=rngs, **how | dict(steps=int(G * how.get("steps", 1))))
     ids = [tokens[-G:] for tokens in r.tokens]
     right = [is_right(tokenizer.decode(cut(row, model.config)), worked) for row, (_, worked) in zip(ids, pairs)]
-    return run, first, list(zip(right, ids)), sum(r.positions_run), sum(r.positions_full) / how.get("steps", 1)
+    return dict(run=run, first=first, right=right, ids=ids, ran=sum(r.positions_run), full=round(sum(r.positions_full) / how.get("steps", 1)))
+
+
+def read_log(path, head):
+    """-> what an earlier call has logged, {} if there is none. Only a whole line counts."""
+    if not path or not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            found, *parts = [json.loads(line) for line in f if line.endswith("\n")]
+        if found == head:
+            return {(part["run"], part["first"]): part for part in parts}
+    except (ValueError, TypeError, KeyError):  # no log of ours
+        pass
+    raise ValueError(f"--log {path} is no log of this checkpoint and these settings: give another name, or delete it")
 
 
 def wilson(k, n, z=1.96):
@@ -80,7 +95,7 @@ def main():
     p.add_argument("--batch-size", type=int, default=50)
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     p.add_argument("--workers", type=int, default=None, help="processes of one thread each (CPU: one per core; CUDA: 1)")
-    p.add_argument("--json", metavar="FILE", help="also write the outcome of every problem")
+    p.add_argument("--log", metavar="FILE", help="keep every answer there, as JSON lines, and go on from what it holds")
     args = p.parse_args()
     device = pick_device(args.device)
     m, _ = load_checkpoint(args.ckpt, device, "auto")
@@ -92,11 +107,19 @@ def main():
     n, dtype, found = min(args.n, len(m.extra["problems"])), str(m.wte.weight.dtype)[6:], runs()
     workers = args.workers or (1 if device == "cuda" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     tasks = [(run, first, min(args.batch_size, n - first)) for first in range(0, n, args.batch_size) for run in range(len(found))]
-    answers, ran, full = [[None] * n for _ in found], [0] * len(found), [0] * len(found)
-    with get_context("spawn").Pool(workers, start_worker, (args.ckpt, device)) as pool:
-        for run, first, part, some, all_ in tqdm(pool.imap_unordered(answer, tasks), total=len(tasks), unit="batch", mininterval=0.5 if sys.stderr.isatty() else 60):
-            answers[run][first:first + len(part)] = part
-            ran[run], full[run] = ran[run] + some, full[run] + all_
+    head = dict(n=n, batch_size=args.batch_size, device=device, runs=repr(found), weights=float(sum(w.double().abs().sum() for w in m.parameters())))
+    parts = read_log(args.log, head)
+    left = [task for task in tasks if task[:2] not in parts]
+    if args.log:  # without the line that a killed run may have left half written
+        with open(f"{args.log}.tmp", "w", encoding="utf-8") as f:
+            print(*map(json.dumps, [head, *parts.values()]), sep="\n", file=f)
+        os.replace(f"{args.log}.tmp", args.log)
+    with open(args.log or os.devnull, "a", encoding="utf-8") as log, get_context("spawn").Pool(workers, start_worker, (args.ckpt, device)) as pool:
+        for part in tqdm(pool.imap_unordered(answer, left), total=len(left), unit="batch", mininterval=0.5 if sys.stderr.isatty() else 60):
+            parts[part["run"], part["first"]] = part
+            print(json.dumps(part), file=log, flush=True)
+    answers = [[pair for first in range(0, n, args.batch_size) for pair in zip(parts[run, first]["right"], parts[run, first]["ids"])] for run in range(len(found))]
+    ran, full = ([sum(parts[run, first][key] for first in range(0, n, args.batch_size)) for run in range(len(found))] for key in ("ran", "full"))
     G = m.extra["gen_length"]
     print(f"{n} problems, {G} tokens each, blocks of {m.extra['block_length']}, {device}, {dtype}, batches of {args.batch_size}\n")
     print("| cache | order | steps | refresh | window | exact | against none, same order | fewer positions | same tokens |")
@@ -111,10 +134,6 @@ def main():
         refresh = {None: "", NEVER: "never"}.get(how.get("refresh"), how.get("refresh"))
         print(f"| {how['cache']}{'' if how.get('delay', True) else ', no delay'} | {how.get('remasking', 'low_confidence').replace('_', ' ')} | {int(G * how.get('steps', 1))} | {refresh} | "
               f"{how.get('window', 4) if how['cache'] == 'greedy' else ''} | {share:.1f}% [{low:.1f}, {high:.1f}] | {against} | {full[run] / ran[run]:.2f}x | {same} |")
-    if args.json:
-        with open(f"{args.json}.tmp", "w") as f:
-            json.dump([{"settings": how, "base": base, "right": [int(r) for r, _ in answers[run]], "positions_run": ran[run]} for run, (how, base) in enumerate(found)], f)
-        os.replace(f"{args.json}.tmp", args.json)
     return 0
 
 

@@ -18,7 +18,7 @@ from model import load, save
 from sample import launch, main
 from train_tiny import build_tokenizer, side
 
-QUESTION = "Anna has 3 boxes of 4 pens. She loses 5. How many pens are left?"
+QUESTION = "Anna has 3 boxes of 4 pens. Monday she loses 5. How many pens are left?"
 
 
 def sample(*flags, code=0, **how):

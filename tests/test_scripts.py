@@ -2,7 +2,6 @@
 
 python -m pytest tests/test_scripts.py"""
 import json
-import re
 import subprocess
 import sys
 
@@ -37,25 +36,37 @@ def test_runs_are_compared_with_the_same_order():
             assert other["cache"] == "none" and other.get("remasking") == how.get("remasking") and (how["cache"] == "none" or other.get("steps") == how.get("steps"))
 
 
-def test_a_run_on_two_problems(tmp_path):
-    p = subprocess.run([sys.executable, str(ROOT / "scripts" / "tradeoff.py"), "--n", "2", "--workers", "1", "--json", str(tmp_path / "a.json")], capture_output=True,
-                       text=True, timeout=280)
-    assert p.returncode == 0, p.stderr
+def tradeoff_py(*flags, code=0):
+    p = subprocess.run([sys.executable, str(ROOT / "scripts" / "tradeoff.py"), *map(str, flags)], capture_output=True, text=True, timeout=280)
+    assert p.returncode == code, p.stderr
+    return p
+
+
+def test_a_run_on_two_problems_and_going_on(tmp_path):
+    ask = ("--n", 2, "--batch-size", 1, "--workers", 1, "--log", tmp_path / "log")
+    p = tradeoff_py(*ask)
     rows = [line for line in p.stdout.splitlines() if line.startswith(("| none", "| decode", "| greedy"))]
-    found = json.loads((tmp_path / "a.json").read_text())
+    lines = (tmp_path / "log").read_text().splitlines()
+    parts = [json.loads(line) for line in lines[1:]]
     model, tokenizer = load(ROOT / "checkpoints" / "tiny.pt")
     extra, G = model.extra, model.extra["gen_length"]
     lengths = [len(tokenizer.encode(extra["template"].replace("{}", q))) for q, _ in extra["problems"][:2]]
-    assert len(rows) == len(found) == len(tradeoff.runs())
-    for row, run in zip(rows, found):
-        how = run["settings"]
+    assert len(rows) == len(tradeoff.runs()) == len(parts) / 2
+    for run, (row, (how, _)) in enumerate(zip(rows, tradeoff.runs())):
         cost = sum(cache_cost(n, G, int(G * how.get("steps", 1)), extra["block_length"], how["cache"], how.get("refresh"), how.get("window", 4), how.get("delay", True)) for n in lengths)
         full = sum(cache_cost(n, G, G, extra["block_length"]) for n in lengths)
-        assert run["positions_run"] == cost and f"| {full / cost:.2f}x |" in row
-        assert f"| {50 * sum(run['right']):.1f}% [" in row and re.search(r"left|low|random", row)
+        mine = [part for part in parts if part["run"] == run]
+        assert sum(part["ran"] for part in mine) == cost and f"| {full / cost:.2f}x |" in row
+        assert f"| {50 * sum(sum(part['right']) for part in mine):.1f}% [" in row and how.get("remasking", "low").split("_")[0] in row
+    (tmp_path / "log").write_text("\n".join(lines[:30]) + "\n" + lines[30][:20])  # as a killed run leaves it
+    again = tradeoff_py(*ask)
+    assert again.stdout == p.stdout and sorted((tmp_path / "log").read_text().splitlines()) == sorted(lines)
+    assert "no log of this" in tradeoff_py(*ask, "--n", 1, code=2).stderr
+    (tmp_path / "other").write_bytes(b"\xff{ not ours\n")
+    assert "no log of this" in tradeoff_py("--log", tmp_path / "other", code=2).stderr and (tmp_path / "other").read_bytes() == b"\xff{ not ours\n"
 
 
 @pytest.mark.parametrize("flags, words", [(["--n", "0"], "--n"), (["--ckpt", "nope"], "nope"), (["--what"], "--what")])
 def test_user_errors(flags, words):
-    p = subprocess.run([sys.executable, str(ROOT / "scripts" / "tradeoff.py"), *flags], capture_output=True, text=True, timeout=100)
-    assert p.returncode == 2 and words in p.stderr and p.stderr.count("\n") == 1 and p.stdout == "", p.stderr
+    p = tradeoff_py(*flags, code=2)
+    assert words in p.stderr and p.stderr.count("\n") == 1 and p.stdout == "", p.stderr

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -74,14 +75,32 @@ def test_rows():
         text = data.tokenizer.decode(row[args.prompt_len:])
         assert text.startswith(answer + "<|eos|>") and set(text[len(answer):].split("<|eos|>")) == {""}
     assert frozen[:, :args.prompt_len].all() and not frozen[:, args.prompt_len:].any()
-    equal = data.tokenizer.encode("=")[0]
-    for chain, rows in ((False, t.sum_rows(random.Random(0), 40, 64, data.tokenizer)), (True, tokens)):
-        masked, weight = t.mask_results(random.Random(0), rows, data.tokenizer, chain)
-        assert torch.allclose((weight * masked).sum(1), torch.ones(len(rows)))
-        for row, m, w in zip(rows.tolist(), masked.tolist(), (weight > 0).tolist()):
-            for i in range(1, 64):  # what counts stands behind an = that is seen, at most one digit further on
-                assert not w[i] or equal in [x for x, hidden in zip(row[i - 2:i], m[i - 2:i]) if not hidden]
 
+
+def test_masks_of_sums():
+    data = t.Problems(t.parse_args([])[0])
+    equal, rows = data.tokenizer.encode("=")[0], t.sum_rows(random.Random(0), 40, 64, data.tokenizer)
+    masked, weight = t.mask_sums(random.Random(0), rows, data.tokenizer)
+    assert torch.allclose((weight * masked).sum(1), torch.ones(40))
+    for row, m, w in zip(rows.tolist(), masked.tolist(), (weight > 0).tolist()):
+        for i in range(1, 64):  # what counts stands behind an = that is seen, at most one digit further on
+            assert not w[i] or equal in [x for x, hidden in zip(row[i - 2:i], m[i - 2:i]) if not hidden]
+
+
+def test_masks_of_tails():
+    args = t.parse_args([])[0]
+    data = t.Problems(args)
+    tokens, _, _ = t.story_rows(t.problems(random.Random(0), 400, args.ops, "train"), data.tokenizer, args.prompt_len, args.gen_length)
+    masked, weight = t.mask_tail(random.Random(0), tokens, args.prompt_len, data.tokenizer)
+    assert torch.allclose(weight.sum(1), torch.ones(400)) and not (weight[~masked] > 0).any() and not masked[:, :args.prompt_len].any()
+    first = masked.int().argmax(1)
+    assert all(row[i:].all() and not row[:i].any() for row, i in zip(masked, first.tolist()))  # a tail
+    asked = Counter()
+    for row, w, i in zip(tokens.tolist(), weight, first.tolist()):
+        text = data.tokenizer.decode([x for x, wanted in zip(row, w > 0) if wanted])
+        assert re.fullmatch(r"[^.]*\.|[^.]*<\|eos\|>", text) and w[i] > 0  # the rest of one sum, or of the end
+        asked[data.tokenizer.decode([row[i]]).strip()] += 1
+    assert asked["="] and asked["."] and asked["Monday"] and asked["####"] and asked["<|eos|>"]  # every kind of token is asked for with nothing to its right
 
 def test_loss_falls_and_the_file_samples(tmp_path):
     p = run(*TINY, "--out", tmp_path / "a.pt", "--steps", 150, "--val-every", 75, "--eval", 4, "--sums", 0)
@@ -142,7 +161,7 @@ def test_text_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--steps", "0"], "--steps is 0"), (["--steps", "x"], "x"), (["--preset", "huge"], "huge"), (["--data", "/no/such.txt"], "/no/such.txt"),
-    (["--ops", "3", "1"], "--ops"), (["--ops", "9", "9"], "--prompt-len"), (["--n-embd", "30", "--n-head", "4"], "n_embd 30"), (["--vocab", "100"], "--vocab is 100"),
+    (["--ops", "3", "1"], "--ops"), (["--ops", "9", "9"], "--ops"), (["--ops", "7", "7"], "--prompt-len"), (["--n-embd", "30", "--n-head", "4"], "n_embd 30"), (["--vocab", "100"], "--vocab is 100"),
     (["--resume", "--out", "/no/such.pt"], "/no/such.pt.train"), (["--out", "/no/such/folder/x.pt", "--steps", "1"], "/no/such/folder"), (["--what"], "--what"),
     (["--gen-length", "32", "--block-length", "7"], "no multiple"), (["--seed", "-1"], "--seed"), (["--lr", "nan"], "--lr"),
     pytest.param(["--device", "cuda"], "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
