@@ -23,7 +23,7 @@ from dkv_min import CACHES, REFRESH, REMASKING, check, check_prompts, generate
 from model import load
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-N_DEMO = 8  # questions of the run without flags, answered in one batch
+N_DEMO = 4  # questions of the run without flags, answered in one batch
 PROMPTS = ["What is a key-value cache?"]  # for checkpoints that bring neither problems nor prompts
 
 

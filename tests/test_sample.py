@@ -15,7 +15,7 @@ from conftest import ROOT, random_model
 
 from dkv_min import generate
 from model import load, save
-from sample import launch, main
+from sample import N_DEMO, launch, main
 from train_tiny import build_tokenizer, side
 
 QUESTION = "Anna has 3 boxes of 4 pens. Monday she loses 5. How many pens are left?"
@@ -59,7 +59,7 @@ def test_no_flags(tmp_path):
     p = sample(cwd=tmp_path)
     questions = re.findall(r"^(\S.*)\n  none, low_confidence", p.out, re.M)
     model, _ = load(ROOT / "checkpoints" / "tiny.pt")
-    assert len(questions) == 8 and [q for q, _ in model.extra["problems"][:8]] == questions
+    assert len(questions) == N_DEMO and [q for q, _ in model.extra["problems"][:N_DEMO]] == questions
     for question, answer in model.extra["problems"]:
         assert side([int(n) for n in re.findall(r"(\d)\*(\d)=", answer)[0]] + [int(a + b) for a, b in re.findall(r"\d([+-])(\d)=", answer)]) == "test"
     table = [re.split(r" {2,}", line.strip()) for line in p.out.split("\n\n")[-1].splitlines()[1:]]
@@ -68,9 +68,9 @@ def test_no_flags(tmp_path):
     for row in table[1:]:  # the table counts what stands above it
         name = f"{row[0]}, {row[1]}, {row[3]} steps"
         marks = re.findall(rf"^  {name} +(right|wrong)  (.*)$", p.out, re.M)
-        answers = [answer for _, answer in model.extra["problems"][:8]]
+        answers = [answer for _, answer in model.extra["problems"][:N_DEMO]]
         assert [mark == "right" for mark, _ in marks] == [said == answer for (_, said), answer in zip(marks, answers)]
-        assert row[4] == f"{sum(mark == 'right' for mark, _ in marks)}/8", (row, marks)
+        assert row[4] == f"{sum(mark == 'right' for mark, _ in marks)}/{N_DEMO}", (row, marks)
     ran = [int(row[5].replace(",", "")) for row in table[1:]]
     assert ran[1] < ran[0] and ran[3] < ran[2] == ran[0] == 2 * ran[4]
 

@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, random_model
 
-from dkv_min import cache_cost
-from model import load
+from dkv_min import cache_cost, generate
+from model import save
+from sample import cut
+from train_tiny import build_tokenizer
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import tradeoff  # noqa: E402
@@ -43,15 +46,18 @@ def tradeoff_py(*flags, code=0):
 
 
 def test_a_run_on_two_problems_and_going_on(tmp_path):
-    ask = ("--n", 2, "--batch-size", 1, "--workers", 1, "--log", tmp_path / "log")
+    model, tokenizer = random_model(dtype=torch.float32, vocab_size=260, n_vocab=258, mask_id=257, eos_id=256, eot_id=None), build_tokenizer("some text ", 258)
+    ids = generate(model, [tokenizer.encode("and now\n")], gen_length=16, block_length=8).tokens[0][-16:]
+    model.extra = dict(problems=[("how many", "none"), ("and now", tokenizer.decode(cut(ids, model.config)).strip())], gen_length=16, block_length=8, template="{}\n", known_order="left_to_right")
+    save(tmp_path / "a.pt", model, tokenizer)
+    ask = ("--ckpt", tmp_path / "a.pt", "--n", 2, "--batch-size", 1, "--workers", 1, "--log", tmp_path / "log")
     p = tradeoff_py(*ask)
     rows = [line for line in p.stdout.splitlines() if line.startswith(("| none", "| decode", "| greedy"))]
     lines = (tmp_path / "log").read_text().splitlines()
     parts = [json.loads(line) for line in lines[1:]]
-    model, tokenizer = load(ROOT / "checkpoints" / "tiny.pt")
     extra, G = model.extra, model.extra["gen_length"]
     lengths = [len(tokenizer.encode(extra["template"].replace("{}", q))) for q, _ in extra["problems"][:2]]
-    assert len(rows) == len(tradeoff.runs()) == len(parts) / 2
+    assert len(rows) == len(tradeoff.runs()) == len(parts) / 2 and "| 50.0% [" in rows[0]
     for run, (row, (how, _)) in enumerate(zip(rows, tradeoff.runs())):
         cost = sum(cache_cost(n, G, int(G * how.get("steps", 1)), extra["block_length"], how["cache"], how.get("refresh"), how.get("window", 4), how.get("delay", True)) for n in lengths)
         full = sum(cache_cost(n, G, G, extra["block_length"]) for n in lengths)
