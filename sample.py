@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import statistics
 import sys
 import time
@@ -65,7 +66,6 @@ def parse_args(argv):
             raise ValueError(f"--watch is {args.watch}, and has to be 0 to 60 seconds")
         if args.json:
             raise ValueError("--watch and --json both want stdout: leave one of them out")
-        args.batch_size = 1
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}, and has to be at least 1")
     if args.refresh not in (None, "never"):
@@ -220,12 +220,12 @@ def name(how):
 
 MARKS = {"*": ("just decoded", "1;32"), "#": ("run", "33"), ".": ("from cache", "36"), "o": ("mask, run", "2;33"),
          "_": ("mask, from cache", "2;36")}  # character: meaning, colour
-LEGEND = [f"{mark} {meaning}" for mark, (meaning, _) in MARKS.items()] + ["$ end of text"]
+LEGEND = [f"{mark} {meaning}" for mark, (meaning, _) in MARKS.items()] + ["~ end of text"]
 
 
 def width(text):
     """Columns that text takes in a terminal."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def clip(text, columns):
@@ -250,13 +250,14 @@ class Watch:
     pipe each step is a line, with a mark for every position of prompt and answer."""
     def __init__(self, tokenizer, config, how, pause):
         self.tokenizer, self.config, self.how, self.pause = tokenizer, config, how, pause
-        self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.live = sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.colour = self.live and not os.environ.get("NO_COLOR")
         self.run = self.full = 0
         self.cells = []
 
     def __enter__(self):
         if self.live:  # the terminal's second screen: what a resize does to it, the next step repairs
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that __exit__ gives the terminal back
             print("\x1b[?1049h\x1b[?25l", end="")
         else:
             print(name(self.how), *LEGEND, sep="  ")
@@ -281,20 +282,25 @@ class Watch:
         if token == self.config.mask_id:
             return "_"
         if token in (self.config.eos_id, self.config.eot_id):
-            return "$"
-        return printable(self.tokenizer.decode([token])).replace("\n", "\\n") if self.tokenizer else f"{token} "
+            return "~"
+        text = printable(self.tokenizer.decode([token])).replace("\n", "\\n") if self.tokenizer else f"{token} "
+        encoding = sys.stdout and sys.stdout.encoding or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        return text if width(text) else " " + text  # every token has a place for its mark
 
     def __call__(self, step, tokens, run, decoded):
         tokens, run, decoded = (t[0].tolist() for t in (tokens, run, decoded))
         marks = ["*" if d else ("_o" if t == self.config.mask_id else ".#")[r] for t, r, d in zip(tokens, run, decoded)]
         n, T, G = sum(run), len(run), self.how["gen_length"]
         self.run, self.full = self.run + n, self.full + T
-        self.cells = [(self.text(t) or " ", mark) for t, mark in zip(tokens, marks)]
+        self.cells = [(self.text(t), mark) for t, mark in zip(tokens, marks)]
         share = f"{100 * (T - n) / T:3.0f}% from cache"
         self.status = [f"step {step + 1}/{self.how['steps']}", f"{n} of {T} run", share.strip(), f"so far {self.full / self.run:.2f}x fewer"]
         if not self.live:
-            new = " ".join(repr(text) for text, mark in self.cells if mark == "*")
-            print(f"step {step + 1:3}  run {n:3} of {T}  {share}  {''.join(marks[:-G])}|{''.join(marks[-G:])}  {new}")
+            if step == 0:
+                print("".join(text for text, _ in self.cells[:-G]))
+            new = " ".join(text if text == "~" else f"'{text}'" for text, mark in self.cells if mark == "*")
+            print(f"step {step + 1:3}  run {n:3} of {T}  {share}  {''.join(marks[:-G])}|{''.join(marks[-G:])}  {new}", flush=True)
         else:
             columns, lines = self.size()
             print("\x1b[H" + "\x1b[K\n".join(self.frame(columns, lines)) + "\x1b[J", end="", flush=True)
@@ -313,6 +319,8 @@ class Watch:
             rows[-1].append((text, mark))
         top, bottom = [clip(name(self.how), columns), *fill(self.status, columns), ""], ["", *fill(LEGEND, columns)]
         if lines:
+            bottom = bottom if lines >= len(top) + len(bottom) + 2 else []
+            top = top if lines >= len(top) + 2 else []
             room = max(1, (lines - len(top) - len(bottom)) // 2)
             now = next((r for r, row in enumerate(rows) if any(mark == "*" for _, mark in row)), 0)
             first = max(0, min(now - room // 2, len(rows) - room))
@@ -370,6 +378,8 @@ def main(argv=None):
     device = pick_device(args.device)
     model, tokenizer = load_checkpoint(args.ckpt, device, args.dtype)
     questions = find_questions(args, model.extra, tokenizer)
+    if args.watch is not None:
+        args.batch_size = 1
     graded = all(right is not None for _, _, right in questions)
 
     gen_length = model.extra.get("gen_length", 128) if args.gen_length is None else args.gen_length
@@ -416,7 +426,8 @@ def launch(main):
         code = 0 if isinstance(e, BrokenPipeError) else 2
         if code:
             print(f"{os.path.basename(sys.argv[0])}: cannot write the output: {e.strerror}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

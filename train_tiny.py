@@ -120,7 +120,7 @@ def mask_sums(rng, tokens, tokenizer):
 
 def mask_tail(rng, tokens, start, tokenizer):
     """Masks for answers, which begin at column start: all from a random token on, as it is while an answer is decoded. What
-    counts is the rest of the sum that the token belongs to; every other row is cut in a result. -> as mask_sums"""
+    counts is the rest of the sum that the token belongs to; every other row is cut behind its =, if it has one. -> as mask_sums"""
     equal, dot, eos = tokenizer.encode("=")[0], tokenizer.encode(".")[0], tokenizer.special["<|eos|>"]
     masked, wanted = torch.zeros(2, *tokens.shape, dtype=torch.bool)
     for r, row in enumerate(tokens.tolist()):

@@ -1,18 +1,21 @@
 """What each cache loses and saves on the word problems: every run answers the same held-out problems, and is compared with the
-run without a cache in the same order, problem by problem.
+run without a cache in the same order and as many steps, problem by problem; runs with fewer steps and no cache with all steps.
 
-python scripts/tradeoff.py                            1,000 problems, 20 runs
+python scripts/tradeoff.py                            1,000 problems, 21 runs
 python scripts/tradeoff.py --n 100 --ckpt toy.pt
 python scripts/tradeoff.py --log outcomes.jsonl       keep every answer; a run that was cut off goes on from there
 
 Prints a table in markdown. Intervals are of 95%: Wilson's for a share, Bonett and Price's (2012) for the difference of two
-shares on the same problems. Seconds are left out: sample.py measures those.
+shares on the same problems. They take all problems for different ones, which holds for the bundled model's (969 of 1,000).
+Seconds are left out: sample.py measures those.
 """
 import argparse
 import json
 import math
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 import torch
@@ -69,7 +72,7 @@ def read_log(path, head):
             found, *parts = [json.loads(line) for line in f if line.endswith("\n")]
         if found == head:
             return {(part["run"], part["first"]): part for part in parts}
-    except (ValueError, TypeError, KeyError):  # no log of ours
+    except (OSError, ValueError, TypeError, KeyError):  # no log of ours
         pass
     raise ValueError(f"--log {path} is no log of this checkpoint and these settings: give another name, or delete it")
 
@@ -85,7 +88,7 @@ def paired(a, b, z=1.96):
     n, more, less = len(a), sum(x > y for x, y in zip(a, b)), sum(x < y for x, y in zip(a, b))
     p, q = (more + 1) / (n + 2), (less + 1) / (n + 2)
     half = z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
-    return 100 * (more - less) / n, 100 * (p - q - half), 100 * (p - q + half)
+    return 100 * (more - less) / n, max(-100, 100 * (p - q - half)), min(100, 100 * (p - q + half))
 
 
 def main():
@@ -110,19 +113,27 @@ def main():
     head = dict(n=n, batch_size=args.batch_size, device=device, runs=repr(found), weights=float(sum(w.double().abs().sum() for w in m.parameters())))
     parts = read_log(args.log, head)
     left = [task for task in tasks if task[:2] not in parts]
-    if args.log:  # without the line that a killed run may have left half written
-        with open(f"{args.log}.tmp", "w", encoding="utf-8") as f:
-            print(*map(json.dumps, [head, *parts.values()]), sep="\n", file=f)
-        os.replace(f"{args.log}.tmp", args.log)
-    with open(args.log or os.devnull, "a", encoding="utf-8") as log, get_context("spawn").Pool(workers, start_worker, (args.ckpt, device)) as pool:
-        for part in tqdm(pool.imap_unordered(answer, left), total=len(left), unit="batch", mininterval=0.5 if sys.stderr.isatty() else 60):
-            parts[part["run"], part["first"]] = part
-            print(json.dumps(part), file=log, flush=True)
+    if args.log:
+        try:
+            with open(f"{args.log}.tmp", "w", encoding="utf-8") as f:  # without the line that a killed run may have left half written
+                print(*map(json.dumps, [head, *parts.values()]), sep="\n", file=f)
+            os.replace(f"{args.log}.tmp", args.log)
+        except OSError as e:
+            raise ValueError(f"cannot write --log {args.log}: {e.strerror}") from None
+    try:
+        with open(args.log or os.devnull, "a", encoding="utf-8") as log, ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (args.ckpt, device)) as pool:
+            done = as_completed([pool.submit(answer, task) for task in left])
+            for future in tqdm(done, total=len(left), unit="batch", mininterval=0.5 if sys.stderr.isatty() else 60):
+                part = future.result()
+                parts[part["run"], part["first"]] = part
+                print(json.dumps(part), file=log, flush=True)
+    except BrokenProcessPool:
+        raise ValueError("a worker process was killed, perhaps for its memory: try --workers 1; with --log a second call goes on where this one stopped") from None
     answers = [[pair for first in range(0, n, args.batch_size) for pair in zip(parts[run, first]["right"], parts[run, first]["ids"])] for run in range(len(found))]
     ran, full = ([sum(parts[run, first][key] for first in range(0, n, args.batch_size)) for run in range(len(found))] for key in ("ran", "full"))
     G = m.extra["gen_length"]
     print(f"{n} problems, {G} tokens each, blocks of {m.extra['block_length']}, {device}, {dtype}, batches of {args.batch_size}\n")
-    print("| cache | order | steps | refresh | window | exact | against none, same order | fewer positions | same tokens |")
+    print("| cache | order | steps | refresh | window | exact | against none | fewer positions | same tokens |")
     print("|---|---|---|---|---|---|---|---|---|")
     for run, (how, base) in enumerate(found):
         right = [r for r, _ in answers[run]]

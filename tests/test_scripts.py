@@ -26,7 +26,8 @@ def test_wilson():
 def test_paired():
     a, b = [True] * 50 + [False] * 50, [True] * 40 + [False] * 60
     difference, low, high = tradeoff.paired(a, b)
-    assert difference == 10 and 3 < low < 10 < high < 17
+    assert (difference, low, high) == pytest.approx((10, 3.425, 16.183), abs=0.001)  # by hand
+    assert tradeoff.paired([True] * 10, [False] * 10)[2] == 100
     assert tradeoff.paired(b, a) == pytest.approx((-10, -high, -low))
     assert tradeoff.paired(a, a)[0] == 0 and tradeoff.paired(a, a)[1] < 0 < tradeoff.paired(a, a)[2]  # never certain
 
@@ -58,12 +59,20 @@ def test_a_run_on_two_problems_and_going_on(tmp_path):
     extra, G = model.extra, model.extra["gen_length"]
     lengths = [len(tokenizer.encode(extra["template"].replace("{}", q))) for q, _ in extra["problems"][:2]]
     assert len(rows) == len(tradeoff.runs()) == len(parts) / 2 and "| 50.0% [" in rows[0]
-    for run, (row, (how, _)) in enumerate(zip(rows, tradeoff.runs())):
+    agreements = set()
+    for run, (row, (how, base)) in enumerate(zip(rows, tradeoff.runs())):
         cost = sum(cache_cost(n, G, int(G * how.get("steps", 1)), extra["block_length"], how["cache"], how.get("refresh"), how.get("window", 4), how.get("delay", True)) for n in lengths)
         full = sum(cache_cost(n, G, G, extra["block_length"]) for n in lengths)
         mine = [part for part in parts if part["run"] == run]
         assert sum(part["ran"] for part in mine) == cost and f"| {full / cost:.2f}x |" in row
         assert f"| {50 * sum(sum(part['right']) for part in mine):.1f}% [" in row and how.get("remasking", "low").split("_")[0] in row
+        if base is not None:  # the two columns of the comparison, once more
+            here, there = ({part["first"]: part for part in parts if part["run"] == j} for j in (run, base))
+            same = sum(x == y for first in here for x, y in zip(here[first]["ids"][0], there[first]["ids"][0]))
+            points = 50 * sum(here[first]["right"][0] - there[first]["right"][0] for first in here)
+            assert f"| {points:+.1f} [" in row and f"| {100 * same / 32:.1f}% |" in row
+            agreements.add(same)
+    assert len(agreements) > 1
     (tmp_path / "log").write_text("\n".join(lines[:30]) + "\n" + lines[30][:20])  # as a killed run leaves it
     again = tradeoff_py(*ask)
     assert again.stdout == p.stdout and sorted((tmp_path / "log").read_text().splitlines()) == sorted(lines)

@@ -79,12 +79,19 @@ def test_rows():
 
 def test_masks_of_sums():
     data = t.Problems(t.parse_args([])[0])
-    equal, rows = data.tokenizer.encode("=")[0], t.sum_rows(random.Random(0), 40, 64, data.tokenizer)
+    equal, dot, rows = data.tokenizer.encode("=")[0], data.tokenizer.encode(".")[0], t.sum_rows(random.Random(0), 40, 64, data.tokenizer)
+    shown, hidden, results = 0, 0, set()
     masked, weight = t.mask_sums(random.Random(0), rows, data.tokenizer)
     assert torch.allclose((weight * masked).sum(1), torch.ones(40))
     for row, m, w in zip(rows.tolist(), masked.tolist(), (weight > 0).tolist()):
         for i in range(1, 64):  # what counts stands behind an = that is seen, at most one digit further on
             assert not w[i] or equal in [x for x, hidden in zip(row[i - 2:i], m[i - 2:i]) if not hidden]
+        behind = row.index(dot, max(i for i in range(64) if w[i]))
+        assert all(m[behind:]) and not any(w[behind:])  # all behind the last result is masked, and does not count
+        two = [i + 1 for i in range(behind) if row[i] == equal and row.index(dot, i) - i == 3]
+        shown, hidden = shown + sum(not m[i] for i in two), hidden + sum(m[i] for i in two)
+        results.add(sum(row[i] == equal for i in range(behind)))
+    assert 0.35 < shown / (shown + hidden) < 0.65 and len(results) > 3
 
 
 def test_masks_of_tails():
@@ -95,12 +102,31 @@ def test_masks_of_tails():
     assert torch.allclose(weight.sum(1), torch.ones(400)) and not (weight[~masked] > 0).any() and not masked[:, :args.prompt_len].any()
     first = masked.int().argmax(1)
     assert all(row[i:].all() and not row[:i].any() for row, i in zip(masked, first.tolist()))  # a tail
+    equal = data.tokenizer.encode("=")[0]
+    behind = [equal in row[max(0, i - 3):i] for row, i in zip(tokens.tolist(), first.tolist())]
+    assert sum(behind[1::2]) > 1.5 * sum(behind[::2])  # every other row asks for a result
     asked = Counter()
     for row, w, i in zip(tokens.tolist(), weight, first.tolist()):
         text = data.tokenizer.decode([x for x, wanted in zip(row, w > 0) if wanted])
         assert re.fullmatch(r"[^.]*\.|[^.]*<\|eos\|>", text) and w[i] > 0  # the rest of one sum, or of the end
         asked[data.tokenizer.decode([row[i]]).strip()] += 1
     assert asked["="] and asked["."] and asked["Monday"] and asked["####"] and asked["<|eos|>"]  # every kind of token is asked for with nothing to its right
+
+def test_a_batch_is_sums_then_tails_stories_and_sums():
+    args = t.parse_args(["--batch-size", "16", "--steps", "100"])[0]
+    data = t.Problems(args)
+    tokens, masked, weight, pad = data.batch(9)
+    assert tokens.shape == (16, 72) and all("left?" not in data.tokenizer.decode(row) for row in tokens.tolist())  # the first tenth
+    tokens, masked, weight, pad = data.batch(10)
+    start, tails = tokens.shape[1] - args.gen_length, 0
+    for r, (row, p) in enumerate(zip(tokens.tolist(), pad.tolist())):
+        if r < 14:
+            assert data.tokenizer.decode(row[p:start]).endswith("left?\n") and not masked[r, :start].any()
+            tails += r < 5 and bool(masked[r, masked[r].int().argmax():].all())
+        else:
+            assert "left?" not in data.tokenizer.decode(row) and p == 0
+    assert tails == 5 and pad[:14].min() == 0  # no column is padding in all rows
+
 
 def test_loss_falls_and_the_file_samples(tmp_path):
     p = run(*TINY, "--out", tmp_path / "a.pt", "--steps", 150, "--val-every", 75, "--eval", 4, "--sums", 0)
