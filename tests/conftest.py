@@ -1,4 +1,5 @@
 """Models for the tests. All of them are hermetic: random or golden weights, no network, CPU."""
+import os
 import pathlib
 import sys
 
@@ -11,6 +12,7 @@ sys.path.insert(0, str(ROOT))  # so that `python -m pytest` works from anywhere
 from model import Config, DiffusionLM  # noqa: E402
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
 
 
 def random_model(seed=0, dtype=torch.float64, **config):
