@@ -1,7 +1,7 @@
 """What each cache loses and saves on the word problems: every run answers the same held-out problems, and is compared with the
 run without a cache in the same order and as many steps, problem by problem; runs with fewer steps and no cache with all steps.
 
-python scripts/tradeoff.py                            1,000 problems, 21 runs
+python scripts/tradeoff.py                            1,000 problems, 22 runs
 python scripts/tradeoff.py --n 100 --ckpt toy.pt
 python scripts/tradeoff.py --log outcomes.jsonl       keep every answer; a run that was cut off goes on from there
 
@@ -39,7 +39,9 @@ def runs():
         found += [(dict(cache="none", remasking=order), None)]
         for refresh, window in [(r, w) for r in (2, 4, 8, NEVER) for w in (4, 0)] if order == "left_to_right" else [(2, 4)]:
             found += [(dict(cache="greedy", remasking=order, refresh=refresh, window=window), base)]
-        found += [(dict(cache="greedy", remasking=order, refresh=2, delay=False), base)]
+        if order == "left_to_right":
+            found += [(dict(cache="greedy", remasking=order, refresh=2, delay=False), base)]
+            found += [(dict(cache="decode", remasking=order, refresh=8, delay=delay), base) for delay in (True, False)]
     return found
 
 

@@ -15,6 +15,7 @@ from conftest import ROOT
 
 import train_tiny as t
 from model import load, load_file
+from sample import launch
 
 TINY = "--n-layer 1 --n-head 2 --n-embd 32 --batch-size 16 --threads 1 --device cpu --eval 0".split()
 
@@ -192,10 +193,19 @@ def test_text_of_ones_own(tmp_path):
     (["--gen-length", "32", "--block-length", "7"], "no multiple"), (["--seed", "-1"], "--seed"), (["--lr", "nan"], "--lr"),
     pytest.param(["--device", "cuda"], "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
 ])
-def test_user_errors(flags, words, monkeypatch, tmp_path):
+def test_user_errors(flags, words, monkeypatch, tmp_path, capsys):
+    """In this process, to save the seconds of starting one."""
     monkeypatch.chdir(tmp_path)
-    p = run(*TINY, *flags, code=2)
-    assert words in p.stderr.splitlines()[-1] and "Traceback" not in p.stderr, p.stderr
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py"])
+    with pytest.raises(SystemExit) as e:
+        launch(lambda: t.main([*TINY, *flags]))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and words in err and err.count("\n") == 1 and not list(tmp_path.iterdir()), err
+
+
+def test_user_errors_in_a_process_of_their_own(tmp_path):
+    p = run("--steps", 0, "--out", tmp_path / "a.pt", code=2)
+    assert "--steps is 0" in p.stderr and p.stderr.count("\n") == 1 and p.stdout == ""
 
 
 def test_text_that_is_none(tmp_path):
