@@ -27,7 +27,7 @@ import torch
 
 CACHES = ("none", "decode", "greedy")
 REMASKING = ("low_confidence", "random", "left_to_right")
-REFRESH = {"none": 1, "decode": 8, "greedy": 2}  # the paper's
+REFRESH = {"none": 1, "decode": 8, "greedy": 2}  # those of the authors' reports
 
 
 class KVCache:
@@ -281,7 +281,7 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
     prompts      list of lists of ids, of any lengths from 1 on. Each is answered as if it were alone.
     cache        "none", "decode" or "greedy"
     gen_length   tokens to generate; steps (None: gen_length) over all blocks; block_length (None: gen_length) of a block
-    refresh      every how many steps of a block everything is run. None: the paper's, 8 for decode and 2 for greedy;
+    refresh      every how many steps of a block everything is run. None: 8 for decode and 2 for greedy, as the authors report;
                  a block's steps or more: never
     window       masks that greedy runs around each token that it reveals
     temperature  0: the most probable token
