@@ -334,6 +334,9 @@ class Watch:
     def paint(self, text, mark):
         return f"\x1b[{MARKS[mark][1]}m{text}\x1b[m" if self.colour else text
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+
 
 def answer(model, tokenizer, questions, runs, args, repeats):
     """Answers all questions with every run, in turn, batch by batch; with --json prints what is done.

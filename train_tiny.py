@@ -106,7 +106,8 @@ def sum_rows(rng, B, T, tokenizer):
 
 def mask_sums(rng, tokens, tokenizer):
     """Masks for bare sums: all results up to a random one, and all behind it; half of the results show their first digit.
-    What counts are the results. -> masked (B, T), weight (B, T) that sums to 1 in every row"""
+    What counts are the results. Departs from LLaDA, which masks every token with one probability.
+    -> masked (B, T), weight (B, T) that sums to 1 in every row"""
     equal, dot = tokenizer.encode("=")[0], tokenizer.encode(".")[0]
     masked, wanted = torch.zeros(2, *tokens.shape, dtype=torch.bool)
     for r, row in enumerate(tokens.tolist()):
@@ -120,7 +121,7 @@ def mask_sums(rng, tokens, tokenizer):
 
 def mask_tail(rng, tokens, start, tokenizer):
     """Masks for answers, which begin at column start: all from a random token on, as it is while an answer is decoded. What
-    counts is the rest of the sum that the token belongs to; every other row is cut behind its =, if it has one. -> as mask_sums"""
+    counts is the rest of the sum that the token belongs to; every other row is cut behind its =, if it has one. Departs from LLaDA as well. -> as mask_sums"""
     equal, dot, eos = tokenizer.encode("=")[0], tokenizer.encode(".")[0], tokenizer.special["<|eos|>"]
     masked, wanted = torch.zeros(2, *tokens.shape, dtype=torch.bool)
     for r, row in enumerate(tokens.tolist()):
@@ -330,7 +331,8 @@ def parse_args(argv=None):
 # training
 
 def build(args, data, device):
-    """-> the model, and its optimizers: Muon for the matrices of the blocks, AdamW for embedding, head and norms."""
+    """-> the model, and its optimizers: Muon for the matrices of the blocks (LLaDA: AdamW for all), AdamW for embedding, head
+    and norms."""
     special, T = data.tokenizer.special, args.prompt_len + args.gen_length
     vocab = max(special.values()) + 1
     config = Config(n_layer=args.n_layer, n_head=args.n_head, n_kv_head=args.n_head, n_embd=args.n_embd, n_ff=-(-args.n_embd * 8 // 96) * 32,
