@@ -13,6 +13,7 @@ import dataclasses
 import math
 import os
 import pickle
+import unicodedata
 import zipfile
 from dataclasses import dataclass
 from functools import partial
@@ -168,7 +169,7 @@ class Block(nn.Module):
 
 
 # What a checkpoint may tell sample.py besides: defaults, what stands around a prompt, prompts to show or problems to solve.
-EXTRA = {"gen_length": int, "block_length": int, "known_order": str, "template": str, "prompts": list, "problems": list}
+EXTRA = {"gen_length": int, "block_length": int, "known_order": str, "template": str, "chat": str, "prompts": list, "problems": list}
 
 
 class DiffusionLM(nn.Module):
@@ -249,23 +250,43 @@ def diffusion_loss(model, tokens, masked, weight, pad=None):
 class Tokenizer:
     """Byte-level BPE by tiktoken, built from what lies in the checkpoint; nothing is ever downloaded.
 
-    ranks: {bytes: id}, ids in the order of the merges; pattern: the regex that cuts text into pieces first;
-    special: {text: id} of the tokens that no text spells (mask, end of text, ...).
+    ranks    {bytes: id} of what text is cut into, in the order of the merges
+    pattern  the regex that cuts text into pieces first
+    special  {text: id} of the tokens that no text spells (mask, end of text, ...)
+    unmerged {bytes: id} of tokens that no merge makes: decoded, but never encoded to
+    nfc      text is brought into Unicode's form NFC first (Qwen2 does)
+    prefix_space  text that does not begin with a space gets one (some of GPT-2's kin do)
     """
-    def __init__(self, ranks, pattern, special):
+    def __init__(self, ranks, pattern, special, unmerged=None, nfc=False, prefix_space=False):
+        unmerged = unmerged or {}
         missing = [b for b in range(256) if bytes([b]) not in ranks]
-        ids = [*ranks.values(), *special.values()]
+        ids = [*ranks.values(), *special.values(), *unmerged.values()]
         if missing or len(set(ids)) < len(ids):
             raise ValueError(f"the tokenizer lacks the single bytes {missing[:4]}" if missing else "two tokens of the tokenizer share an id")
+        if min(ids) < 0:
+            raise ValueError(f"the tokenizer has the id {min(ids)}")
         if regex.match(pattern, ""):
             raise ValueError("the tokenizer's pattern matches the empty text")
-        self.ranks, self.pattern, self.special = ranks, pattern, special
-        self.encoding = tiktoken.Encoding("dkv-min", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.bytes = {i: b for b, i in ranks.items()} | {i: s.encode() for s, i in special.items()}
+        self.ranks, self.pattern, self.special, self.unmerged, self.nfc, self.prefix_space = ranks, pattern, special, unmerged, nfc, prefix_space
+        # tiktoken takes one number for a token's id and for its place in the order of the merges: it gets the place
+        self.encoding = tiktoken.Encoding("dkv-min", pat_str=pattern, mergeable_ranks={b: i for i, b in enumerate(ranks)}, special_tokens={})
+        self.ids = list(ranks.values())
+        self.bytes = {i: b for part in (ranks, unmerged) for b, i in part.items()} | {i: s.encode() for s, i in special.items()}
+        self.any_special = regex.compile("(" + "|".join(regex.escape(s) for s in sorted(special, key=len, reverse=True)) + ")")  # the longest first
 
-    def encode(self, text):
-        """str -> list of ids. Text that spells a special token is text."""
-        return self.encoding.encode_ordinary(text)
+    def encode(self, text, special=False):
+        """str -> list of ids. Text that spells a special token is text, unless `special` is set."""
+        ids = []
+        for i, piece in enumerate(self.any_special.split(text) if special and self.special else [text]):
+            if i % 2:
+                ids.append(self.special[piece])
+                continue
+            if self.nfc:
+                piece = unicodedata.normalize("NFC", piece)
+            if self.prefix_space and piece and piece[0] != " ":
+                piece = " " + piece
+            ids += [self.ids[i] for i in self.encoding.encode_ordinary(piece)]
+        return ids
 
     def decode(self, ids):
         """Ids -> str. Never raises: unknown ids give nothing, bytes that are no UTF-8 give U+FFFD."""
@@ -273,13 +294,13 @@ class Tokenizer:
 
     def state(self):
         """What a checkpoint keeps: plain strings and ints. Ranks are lines of `base64 id`, as in tiktoken's own files."""
-        lines = "".join(f"{base64.b64encode(b).decode()} {i}\n" for b, i in self.ranks.items())
-        return {"ranks": lines, "pattern": self.pattern, "special": self.special}
+        ranks, unmerged = ("".join(f"{base64.b64encode(b).decode()} {i}\n" for b, i in part.items()) for part in (self.ranks, self.unmerged))
+        return {"ranks": ranks, "pattern": self.pattern, "special": self.special, "unmerged": unmerged, "nfc": self.nfc, "prefix_space": self.prefix_space}
 
     @classmethod
     def from_state(cls, state):
-        pairs = (line.split() for line in state["ranks"].splitlines())
-        return cls({base64.b64decode(b): int(i) for b, i in pairs}, state["pattern"], dict(state["special"]))
+        ranks, unmerged = ({base64.b64decode(b): int(i) for b, i in map(str.split, part.splitlines())} for part in (state["ranks"], state.get("unmerged", "")))
+        return cls(ranks, state["pattern"], dict(state["special"]), unmerged, bool(state.get("nfc")), bool(state.get("prefix_space")))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the checkpoint: one file with config, weights, tokenizer and extra, so that nothing else is needed to sample
