@@ -3,29 +3,30 @@
 python sample.py                                          held-out questions, every cache, and a table
 python sample.py --prompt "Anna has 7 boxes of 8 pens. Monday she loses 9. Tuesday she finds 3 more. How many pens are left?"
 python sample.py --watch                                  see which positions each step runs
-python sample.py --prompts questions.txt --cache none --json > answers.jsonl
-python sample.py --ckpt llada --cache decode              LLaDA-8B, once its weights are converted
+python sample.py --prompts questions.txt --out answers.jsonl    goes on where it was interrupted
+python sample.py --ckpt llada --cache decode              LLaDA-8B; fetches and converts it first (16 GB), if you say so
+python sample.py --ckpt llada --chat
 """
 import argparse
 import contextlib
 import json
 import os
 import random
-import signal
 import statistics
 import sys
-import time
-import unicodedata
 
 import torch
 from tqdm import tqdm
 
 from dkv_min import CACHES, REFRESH, REMASKING, check, check_prompts, generate
 from model import load
+from scripts.watch import Watch, name, printable
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 N_DEMO = 4  # questions of the run without flags, answered in one batch
 PROMPTS = ["What is a key-value cache?"]  # for checkpoints that bring neither problems nor prompts
+LLADA = ("llada", "llada-base", "llada-1.5")
+LONGEST = 400_000  # characters of a prompt: tiktoken breaks down on a million blanks
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,12 +36,14 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", default="tiny", metavar="tiny|llada|PATH", help="checkpoint (tiny, the bundled one)")
+    p.add_argument("--ckpt", default="tiny", metavar="tiny|llada|llada-base|llada-1.5|PATH", help="checkpoint (tiny, the bundled one)")
     p.add_argument("--cache", choices=[*CACHES, "all"], help="default: decode for prompts of yours, all without any")
     g = p.add_argument_group("prompts (none: the checkpoint's own held-out problems or texts)")
     g.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     g.add_argument("--prompts", metavar="FILE", help="one prompt a line, or objects with a `prompt` in a .jsonl; - is stdin")
     g.add_argument("--ids", metavar="1,2,3", help="a prompt as token ids")
+    g.add_argument("--raw", action="store_true", help="the prompt as it is, without the checkpoint's template around it")
+    g.add_argument("--chat", action="store_true", help="a conversation; /reset forgets it, /quit ends it, Ctrl-C stops an answer")
     g = p.add_argument_group("decoding")
     g.add_argument("--gen-length", type=int, metavar="TOKENS", help="tokens to generate (the checkpoint's, else 128)")
     g.add_argument("--steps", type=int, help="denoising steps (as many as tokens)")
@@ -59,13 +62,19 @@ def parse_args(argv):
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: float32 below a billion parameters, else as stored")
     g.add_argument("--batch-size", type=int, default=8, metavar="PROMPTS", help="prompts answered at once (8)")
     g.add_argument("--json", action="store_true", help="one JSON object per prompt and cache on stdout, nothing else")
+    g.add_argument("--out", metavar="FILE", help="the same objects into a file; if it has some already, goes on behind them")
+    g.add_argument("--yes", action="store_true", help="fetch and convert LLaDA without asking")
     g.add_argument("--watch", type=float, nargs="?", const=0.1, metavar="SECONDS", help="show every step, in a terminal for so many seconds (0.1); in a pipe a line a step")
     args = p.parse_args(argv)
     if args.watch is not None:
         if not 0 <= args.watch <= 60:
             raise ValueError(f"--watch is {args.watch}, and has to be 0 to 60 seconds")
-        if args.json:
-            raise ValueError("--watch and --json both want stdout: leave one of them out")
+        if args.json or args.out:
+            raise ValueError("--watch shows what --json and --out write down: leave one of them out")
+    if args.out and args.json:
+        raise ValueError("--json writes to stdout and --out to a file: leave one of them out")
+    if args.chat and (args.json or args.out or args.prompt or args.prompts or args.ids or args.cache == "all"):
+        raise ValueError("--chat reads its messages from the terminal and answers them with one cache: leave out --prompt, --prompts, --ids, --json, --out and --cache all")
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}, and has to be at least 1")
     if args.refresh not in (None, "never"):
@@ -80,12 +89,16 @@ def pick_device(name):
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def load_checkpoint(name, device, dtype):
-    path = os.path.join(HERE, "checkpoints", f"{name}.pt") if name in ("tiny", "llada") else name
-    if name == "llada" and not os.path.exists(path):
-        raise ValueError(f"LLaDA's weights are not converted yet: python scripts/convert.py llada will download GSAI-ML/LLaDA-8B-Instruct and write {path}; that script is not part of this version")
-    if name not in ("tiny", "llada") and not os.path.exists(path):
-        raise ValueError(f"there is no checkpoint {path}: give --ckpt tiny, llada or the path of a file")
+def load_checkpoint(args):
+    """-> model, tokenizer. LLaDA is fetched and converted on first use, if the user agrees."""
+    path = os.path.join(HERE, "checkpoints", f"{args.ckpt}.pt") if args.ckpt in ("tiny", *LLADA) else args.ckpt
+    if not os.path.exists(path):
+        if args.ckpt not in LLADA:
+            raise ValueError(f"there is no checkpoint {path}: give --ckpt tiny, {', '.join(LLADA)} or the path of a file")
+        from scripts.convert import HUB, ask_user, convert, fetch
+        with contextlib.redirect_stdout(sys.stderr):
+            convert(fetch(HUB[args.ckpt], path, ask_user(args.yes)), path)
+    device, dtype = pick_device(args.device), args.dtype
     model, tokenizer = load(path)
     if dtype == "auto":
         small = sum(p.numel() for p in model.parameters()) < 1e9
@@ -117,6 +130,8 @@ def read_prompts(args):
             raise ValueError(f"a prompt has to be text, and this is none: {text!r}")
         if not text:
             raise ValueError("a prompt is empty: it needs at least one character")
+        if len(text) > LONGEST:
+            raise ValueError(f"a prompt has {len(text):,} characters: more than {LONGEST:,} are not read")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
@@ -142,9 +157,18 @@ def is_right(text, answer):
     return text.strip() == answer
 
 
-def printable(text):
-    """Model output cannot drive the terminal: control characters are shown escaped."""
-    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def encode(turns, tokenizer, extra, raw=False):
+    """What the model is given, as ids. turns: texts of the user and of the model, in turn, the user's first and last. In
+    a template special tokens are tokens; in what somebody has typed they are text."""
+    if extra.get("chat") == "llada" and not raw:
+        ids = tokenizer.encode("<|startoftext|>", special=True)
+        for i, text in enumerate([*turns, None]):
+            ids += tokenizer.encode(f"<|start_header_id|>{'assistant' if i % 2 else 'user'}<|end_header_id|>", special=True)
+            ids += tokenizer.encode("\n\n" + (text or "").strip())
+            ids += tokenizer.encode("<|eot_id|>", special=True) if text is not None else []
+        return ids
+    template = "{}" if raw else extra.get("template", "{}")  # the toy's ends a question with a newline
+    return tokenizer.encode("".join(text + "\n" if i % 2 else template.replace("{}", text) for i, text in enumerate(turns)))
 
 
 def find_questions(args, extra, tokenizer):
@@ -157,11 +181,9 @@ def find_questions(args, extra, tokenizer):
         if args.watch is not None:  # one question, to look at
             pairs, args.cache = pairs[:1], args.cache or "decode"
         args.cache = args.cache or "all"
-    args.cache = args.cache or "decode"
     if pairs and tokenizer is None:
         raise ValueError(f"{args.ckpt} has no tokenizer, so it cannot read text: give the prompt as token ids, with --ids")
-    template = extra.get("template", "{}")  # what stands around a prompt: the toy's ends a question with a newline
-    return [(text, tokenizer.encode(template.replace("{}", text)), right) for text, right in pairs] + ([(None, ids, None)] if ids else [])
+    return [(text, encode([text], tokenizer, extra, args.raw), right) for text, right in pairs] + ([(None, ids, None)] if ids else [])
 
 
 def plan(args, extra, gen_length, steps, block_length):
@@ -177,7 +199,7 @@ def plan(args, extra, gen_length, steps, block_length):
 
     if args.cache != "all":
         return [(settings(args.cache, known if args.cache == "greedy" else "low_confidence"), None)]
-    if args.json:
+    if args.json or args.out:
         return [(settings("none"), None), (settings("decode"), None), (settings("greedy", known), None)]
     runs = [(settings("none"), None), (settings("decode"), 0)]
     if args.remasking:  # one order for all
@@ -212,138 +234,22 @@ def table(runs, answers, seconds, questions, right):
     return "\n".join("  ".join(cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(line, widths))) for line in lines)
 
 
-def name(how):
-    return f"{how['cache']}, {how['remasking']}, {how['steps']} steps"
-
-# ---------------------------------------------------------------------------------------------------------------------
-# --watch
-
-MARKS = {"*": ("just decoded", "1;32"), "#": ("run", "33"), ".": ("from cache", "36"), "o": ("mask, run", "2;33"),
-         "_": ("mask, from cache", "2;36")}  # character: meaning, colour
-LEGEND = [f"{mark} {meaning}" for mark, (meaning, _) in MARKS.items()] + ["~ end of text"]
-
-
-def width(text):
-    """Columns that text takes in a terminal."""
-    return sum(0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def clip(text, columns):
-    while width(text) > columns:
-        text = text[:-1]
-    return text
-
-
-def fill(pieces, columns):
-    """-> lines of at most so many columns."""
-    lines = [clip(pieces[0], columns)]
-    for piece in pieces[1:]:
-        if width(lines[-1]) + 2 + width(piece) <= columns:
-            lines[-1] += "  " + piece
-        else:
-            lines.append(clip(piece, columns))
-    return lines
-
-
-class Watch:
-    """An on_step of generate, for one prompt. In a terminal the text is unmasked in place, a mark under every token; in a
-    pipe each step is a line, with a mark for every position of prompt and answer."""
-    def __init__(self, tokenizer, config, how, pause):
-        self.tokenizer, self.config, self.how, self.pause = tokenizer, config, how, pause
-        self.live = sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-        self.colour = self.live and not os.environ.get("NO_COLOR")
-        self.run = self.full = 0
-        self.cells = []
-
-    def __enter__(self):
-        if self.live:  # the terminal's second screen: what a resize does to it, the next step repairs
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that __exit__ gives the terminal back
-            print("\x1b[?1049h\x1b[?25l", end="")
-        else:
-            print(name(self.how), *LEGEND, sep="  ")
-        return self
-
-    def __exit__(self, fault, *_):
-        if self.live:
-            print("\n\x1b[?25h\x1b[?1049l", end="", flush=True)
-            if not fault:
-                print(*self.frame(self.size()[0]), "", sep="\n")
-        else:
-            print()
-
-    def size(self):
-        with contextlib.suppress(OSError, ValueError):
-            columns, lines = os.get_terminal_size(sys.stdout.fileno())
-            if columns and lines:
-                return columns, lines
-        return 80, 24
-
-    def text(self, token):
-        if token == self.config.mask_id:
-            return "_"
-        if token in (self.config.eos_id, self.config.eot_id):
-            return "~"
-        text = printable(self.tokenizer.decode([token])).replace("\n", "\\n") if self.tokenizer else f"{token} "
-        encoding = sys.stdout and sys.stdout.encoding or "utf-8"
-        text = text.encode(encoding, "backslashreplace").decode(encoding)
-        return text if width(text) else " " + text  # every token has a place for its mark
-
-    def __call__(self, step, tokens, run, decoded):
-        tokens, run, decoded = (t[0].tolist() for t in (tokens, run, decoded))
-        marks = ["*" if d else ("_o" if t == self.config.mask_id else ".#")[r] for t, r, d in zip(tokens, run, decoded)]
-        n, T, G = sum(run), len(run), self.how["gen_length"]
-        self.run, self.full = self.run + n, self.full + T
-        self.cells = [(self.text(t), mark) for t, mark in zip(tokens, marks)]
-        share = f"{100 * (T - n) / T:3.0f}% from cache"
-        self.status = [f"step {step + 1}/{self.how['steps']}", f"{n} of {T} run", share.strip(), f"so far {self.full / self.run:.2f}x fewer"]
-        if not self.live:
-            if step == 0:
-                print("".join(text for text, _ in self.cells[:-G]))
-            new = " ".join(text if text == "~" else f"'{text}'" for text, mark in self.cells if mark == "*")
-            print(f"step {step + 1:3}  run {n:3} of {T}  {share}  {''.join(marks[:-G])}|{''.join(marks[-G:])}  {new}", flush=True)
-        else:
-            columns, lines = self.size()
-            print("\x1b[H" + "\x1b[K\n".join(self.frame(columns, lines)) + "\x1b[J", end="", flush=True)
-            time.sleep(self.pause)
-
-    def frame(self, columns, lines=None):
-        """-> the lines of the picture, none wider than columns; where they are too many, those around what was just decoded."""
-        columns = max(1, columns - 1)  # the last column would wrap in some terminals
-        rows, used, G = [[]], 0, self.how["gen_length"]
-        for i, (text, mark) in enumerate(self.cells):
-            text = clip(text, columns)
-            used += width(text)
-            if used > columns or i == len(self.cells) - G:  # the answer begins on a line of its own
-                rows.append([])
-                used = width(text)
-            rows[-1].append((text, mark))
-        top, bottom = [clip(name(self.how), columns), *fill(self.status, columns), ""], ["", *fill(LEGEND, columns)]
-        if lines:
-            bottom = bottom if lines >= len(top) + len(bottom) + 2 else []
-            top = top if lines >= len(top) + 2 else []
-            room = max(1, (lines - len(top) - len(bottom)) // 2)
-            now = next((r for r, row in enumerate(rows) if any(mark == "*" for _, mark in row)), 0)
-            first = max(0, min(now - room // 2, len(rows) - room))
-            rows = rows[first:first + room]
-        middle = []
-        for row in rows:
-            middle.append("".join(self.paint(text, mark) for text, mark in row))
-            middle.append("".join(self.paint(mark * width(text), mark) for text, mark in row))
-        return (top + middle + bottom)[:lines]
-
-    def paint(self, text, mark):
-        return f"\x1b[{MARKS[mark][1]}m{text}\x1b[m" if self.colour else text
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
 
 
-def answer(model, tokenizer, questions, runs, args, repeats):
-    """Answers all questions with every run, in turn, batch by batch; with --json prints what is done.
+def draws(args, index):
+    """What is random belongs to the prompt, by seed and index: answers do not depend on the batch."""
+    return torch.Generator().manual_seed(random.Random(f"{args.seed} {index}").getrandbits(32))
+
+
+def answer(model, tokenizer, questions, runs, args, repeats, first=0, show=None):
+    """Answers the questions from number `first` on with every run, in turn, batch by batch; show(objects) gets those of
+    --json after each batch.
     -> answers[run][question] = (ids, Result of its batch, row in it), seconds[run]: medians of the repeats"""
     answers = [[None] * len(questions) for _ in runs]
     seconds = [[0.0] * repeats for _ in runs]
-    batches = range(0, len(questions), args.batch_size)
+    batches = range(first, len(questions), args.batch_size)
     model(torch.full((1, 8), model.config.mask_id, device=model.wte.weight.device))  # a first call is slow: not to be timed
     bar = tqdm(total=sum(how["steps"] for how, _ in runs) * len(batches) * repeats, unit="step", disable=None if args.watch is None else True, leave=False)
     model.register_forward_hook(lambda *_: bar.update())
@@ -351,18 +257,15 @@ def answer(model, tokenizer, questions, runs, args, repeats):
         for first in batches:
             part = questions[first:first + args.batch_size]
             for i, (how, _) in enumerate(runs):
-                bar.set_description(name(how))
-                # what is random belongs to the prompt, by seed and index: answers do not depend on the batch
-                rngs = [torch.Generator().manual_seed(random.Random(f"{args.seed} {first + j}").getrandbits(32)) for j in range(len(part))]
+                bar.set_description(f"{name(how)}, prompt {first + 1} of {len(questions)}")
                 with contextlib.nullcontext() if args.watch is None else Watch(tokenizer, model.config, how, args.watch) as view:
-                    result = generate(model, [ids for _, ids, _ in part], generator=rngs, on_step=view, **how)
+                    result = generate(model, [ids for _, ids, _ in part], generator=[draws(args, first + j) for j in range(len(part))], on_step=view, **how)
                 seconds[i][repeat] += result.seconds
                 for j, (tokens, (_, ids, _)) in enumerate(zip(result.tokens, part)):
                     answers[i][first + j] = tokens[len(ids):], result, j
-            if args.json:
-                for j in range(first, first + len(part)):
-                    for i, (how, _) in enumerate(runs):
-                        print_json(j, questions[j], how["cache"], *answers[i][j], text_of(answers[i][j][0], model, tokenizer))
+            if show:
+                show([head(j, questions[j], how, args) | body(*answers[i][j], text_of(answers[i][j][0], model, tokenizer))
+                      for j in range(first, first + len(part)) for i, (how, _) in enumerate(runs)])
     bar.close()
     return answers, [statistics.median(times) for times in seconds]
 
@@ -371,16 +274,123 @@ def text_of(ids, model, tokenizer):
     return tokenizer.decode(cut(ids, model.config)) if tokenizer else None
 
 
-def print_json(index, question, cache, ids, result, row, text):
-    print(json.dumps({"index": index, "prompt": question[0], "cache": cache, "prompt_ids": question[1], "ids": ids, "text": text, "forwards": result.forwards,
-                      "positions_run": result.positions_run[row], "positions_full": result.positions_full[row], "seconds": result.seconds}), flush=True)
+def head(index, question, how, args):
+    """The fields of --json that are known before the answer is."""
+    return {"index": index, "prompt": question[0], "cache": how["cache"], "settings": {"ckpt": args.ckpt, "dtype": args.dtype, "seed": args.seed, **how}, "prompt_ids": question[1]}
+
+
+def body(ids, result, row, text):
+    return {"ids": ids, "text": text, "forwards": result.forwards, "positions_run": result.positions_run[row], "positions_full": result.positions_full[row], "seconds": result.seconds}
+
+
+def print_json(objects):
+    for o in objects:
+        print(json.dumps(o), flush=True)
+
+
+def continue_file(path, heads):
+    """Opens an --out behind the answers that it has already. heads: what the lines of the whole file begin with.
+    -> open file, number of whole lines in it"""
+    import fcntl  # not on Windows
+    try:
+        f = open(path, "a+b")
+    except OSError as e:
+        raise ValueError(f"cannot write --out {path}: {e.strerror}") from None
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"another run is writing --out {path}: wait for it, or give another file") from None
+    f.seek(0)
+    n = end = 0
+    for line in f:
+        if not line.endswith(b"\n") and b'{"index": '.startswith(line[:10]):  # killed in the middle of it
+            break
+        try:
+            known = json.loads(line)
+        except (ValueError, RecursionError):
+            known = None
+        if n == len(heads) or not isinstance(known, dict) or known != known | heads[n]:
+            raise ValueError(f"line {n + 1} of --out {path} is no answer to these prompts with these settings: give another file")
+        n, end = n + 1, end + len(line)
+    f.truncate(end)
+    return f, n
+
+
+def answer_file(model, tokenizer, questions, runs, args):
+    """--out: the answers that the file lacks, batch by batch."""
+    f, n = continue_file(args.out, [head(j, q, how, args) for j, q in enumerate(questions) for how, _ in runs])
+    there = n // len(runs)  # prompts
+    if n % len(runs):
+        f.seek(0)
+        f.truncate(sum(len(next(f)) for _ in range(there * len(runs))))
+
+    def show(objects):
+        f.write("".join(json.dumps(o) + "\n" for o in objects).encode())
+        f.flush()
+        os.fsync(f.fileno())
+
+    try:
+        with f:
+            answer(model, tokenizer, questions, runs, args, 1, there, show)
+    except OSError as e:
+        raise ValueError(f"cannot write --out {args.out}: {e.strerror}; what it holds is kept") from None
+    print(f"{args.out}: {len(questions)} prompts answered" + (f", {there} of them before" if there else ""))
+
+
+def chat(model, tokenizer, how, args):
+    """Reads messages from stdin and answers them, each with what was said before, as far as there is room for it."""
+    terminal, turns, n = sys.stdin.isatty(), [], 0
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    print(f"{name(how)}, {how['gen_length']} tokens an answer; /reset forgets what was said, /quit ends, Ctrl-C stops an answer")
+    if "chat" not in model.extra:
+        print("this model has not learned to talk: what was said before may confuse it")
+    while True:
+        try:
+            text = input("\n> " if terminal else "")
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            print("\n/quit ends")
+            continue
+        if text.strip() in ("/quit", "/reset"):
+            if text.strip() == "/quit":
+                return 0
+            turns = []
+            print("what was said is forgotten")
+            continue
+        if not text.strip():
+            continue
+        try:
+            if len(text) > LONGEST:
+                raise ValueError(f"a message has {len(text):,} characters: more than {LONGEST:,} are not read")
+            ids, dropped = encode([*turns, text], tokenizer, model.extra, args.raw), 0
+            while turns and len(ids) + how["gen_length"] > model.config.max_len:
+                turns, dropped = turns[2:], dropped + 1
+                ids = encode([*turns, text], tokenizer, model.extra, args.raw)
+            if dropped:
+                print(f"({dropped} earlier question{'s do' if dropped > 1 else ' does'} not fit any more and {'are' if dropped > 1 else 'is'} forgotten)")
+            live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+            with Watch(tokenizer, model.config, how, 0, keep=False) if live else contextlib.nullcontext() as view:
+                result = generate(model, [ids], generator=draws(args, n), on_step=view, **how)
+        except ValueError as e:
+            print(e)
+            continue
+        except KeyboardInterrupt:
+            print("(stopped; this question is not kept)")
+            continue
+        said = text_of(result.tokens[0][len(ids):], model, tokenizer)
+        turns, n = [*turns, text, said], n + 1
+        print(printable(said).strip() or "(no text)")
+        print(f"({len(ids)} tokens before, {result.positions_full[0] / result.positions_run[0]:.2f}x fewer positions run, {result.seconds:.1f} s)", flush=True)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
-    model, tokenizer = load_checkpoint(args.ckpt, device, args.dtype)
-    questions = find_questions(args, model.extra, tokenizer)
+    pick_device(args.device)
+    model, tokenizer = load_checkpoint(args)
+    if args.chat and tokenizer is None:
+        raise ValueError(f"{args.ckpt} has no tokenizer, so there is no chatting with it: use --ids")
+    questions = [] if args.chat else find_questions(args, model.extra, tokenizer)
     if args.watch is not None:
         args.batch_size = 1
     graded = all(right is not None for _, _, right in questions)
@@ -389,12 +399,17 @@ def main(argv=None):
     steps = gen_length if args.steps is None else args.steps
     usual = model.extra.get("block_length")
     block_length = args.block_length if args.block_length is not None else usual if usual and gen_length % usual == 0 else gen_length
+    args.cache = args.cache or "decode"
     runs = plan(args, model.extra, gen_length, steps, block_length)
     for how, _ in runs:  # what is wrong is said before the work, not in the middle
         check(model.config, **how)
+    if args.chat:
+        return chat(model, tokenizer, runs[0][0], args)
     check_prompts(model.config, [ids for _, ids, _ in questions], gen_length)
+    if args.out:
+        return answer_file(model, tokenizer, questions, runs, args)
     repeats = 3 if graded and not args.json and args.watch is None else 1  # the toy's times are short
-    answers, seconds = answer(model, tokenizer, questions, runs, args, repeats)
+    answers, seconds = answer(model, tokenizer, questions, runs, args, repeats, show=print_json if args.json else None)
     if args.json:
         return 0
 
@@ -406,7 +421,7 @@ def main(argv=None):
             print(f"  {name(how):34}  {mark}{printable(said[i]) if tokenizer else answered[i][0]}")
         print()
     lengths, plural = sorted(len(ids) for _, ids, _ in questions), lambda n, word: f"{n} {word}{'s' * (n != 1)}"
-    print(f"{device}, {plural(torch.get_num_threads(), 'thread')}, {str(model.wte.weight.dtype)[6:]}, {plural(len(questions), 'prompt')} of {lengths[0]} to {lengths[-1]} tokens in batches of "
+    print(f"{model.wte.weight.device.type}, {plural(torch.get_num_threads(), 'thread')}, {str(model.wte.weight.dtype)[6:]}, {plural(len(questions), 'prompt')} of {lengths[0]} to {lengths[-1]} tokens in batches of "
           f"{min(args.batch_size, len(questions))}, {gen_length} tokens each (EOS padding included), blocks of {block_length}" + (f", medians of {repeats}" if repeats > 1 else ""))
     print(table(runs, answers, seconds if args.watch is None else None, questions, [sum(is_right(t, q[2]) for t, q in zip(said, questions)) for said in texts] if graded else None))
     return 0

@@ -315,7 +315,7 @@ def check_llada(tokenizer, chat, config):
     n = len(tokenizer.ranks)
     if n + len(tokenizer.unmerged) != 126080 or len(tokenizer.special) != (269 if chat else 266):
         notes.append(f"the tokenizer has {n:,} tokens of text, {len(tokenizer.unmerged):,} that no merge makes and {len(tokenizer.special)} special ones; 126,080 in all and {269 if chat else 266} were expected")
-    notes += [f"{text!r} is spelled {tokenizer.encode(text, special=True)}, and {spelled[text]} was expected" for text in other]
+    notes += [f"{text[:30]!r} begins with the ids {tokenizer.encode(text, special=True)[:4]}, and {spelled[text][:4]} was expected" for text in other]
     print(f"tokenizer: {n:,} tokens spell themselves, {len(SPECIALS) - len(wrong) - (0 if chat else 3)} of {len(SPECIALS) - (0 if chat else 3)} special ids and {len(spelled) - len(other)} of {len(spelled)} texts are as expected; "
           f"{'Instruct (it has the headers of a chat)' if chat else 'Base (it lacks the headers of a chat)'}")
     return notes

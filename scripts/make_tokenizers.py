@@ -16,7 +16,7 @@ LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^
 from scripts.hf_tokenizer import LETTERS, QWEN2  # noqa: E402
 
 TEXT = (ROOT / "README.md").read_text() + """
-We'll see; they've said it's 1234 of 56,789. ÄÖÜ äöü straße, naïve café, Ελληνικά, русский текст, עברית, العربية, हिन्दी, ไทย,
+We'll see; they've said it's 1234 of 56,789 and 100,000 in 1999, 2024, 2025. ÄÖÜ äöü straße, naïve café, Ελληνικά, русский текст, עברית, العربية, हिन्दी, ไทย,
 中文字符和日本語のかな, 한국어 조선말, emoji 😀👍🏽🇩🇪👨‍👩‍👧.   spaces\t\ttabs\r\n\r\n  lines   \n    indented\n""" * 8
 SPECIAL = ["<|start|>", "<|end|>", "<|end|>x", "<|mask|>", "[CLS]"]
 
@@ -25,7 +25,7 @@ def strings(seed=0, n=0):
     """Fixed ones that have broken tokenizers before, then n random ones."""
     rng = random.Random(seed)
     fixed = ["", "a", " ", "  ", "   a", "a   ", "a  b   c", "\n", "\n\n\n", " \n \n", "x  \n  y", "\t\t x\r\n\r\ny", "Hello world", " Hello world", "I'm you're they've he'll she'd it's WE'LL DON'T 'tis O'Neil''s",
-             "numbers 12345 and 3.14159 and 1,000,000", "007 1 22 333 4444", "e\u0301 a\u0308 \u212b \ufb01", "naïve café straße", "Ελληνικά русский עברית العربية हिन्दी ไทย", "中文字符 日本語 한국어", "😀👍🏽🇩🇪👨‍👩‍👧 x😀y",
+             "numbers 12345 and 3.14159 and 1,000,000", "007 1 22 333 4444", "e\u0301 a\u0308 \u212b \ufb01", "naïve café straße", "qqq qqqq the orphanage 不不 不", "100 1000 10000 2025 20242025", "Ελληνικά русский עברית العربية हिन्दी ไทย", "中文字符 日本語 한국어", "😀👍🏽🇩🇪👨‍👩‍👧 x😀y",
              "\u00a0\u2003\u3000\u0085\u2028\u200b\ufeff\u001c", "a\u00a0b\u2003c\u3000d", "\x00\x01\x7f", "<|start|>user<|end|>", "<|end|>x<|end|> x<|mask|><|mask|>", "[CLS] [CLS][cls] <|start |>", "<|sta", "a<|end|>\n\n  <|start|>'s", "!!!???...\n\n", "#### 7*8=56. --- ***",
              "word" * 30, " " * 70, "ab" * 40 + " " + "9" * 20]
     pools = [[chr(c) for c in range(32, 127)], list(" \t\n\r\u00a0\u2003\u3000\u0085\u2028\u200b\ufeff\u001cab1"), list("0123456789 .,a\n"), list("sStTdDmMlLvVrReE' \u2019"), [chr(c) for c in range(0, 256)],
@@ -97,7 +97,7 @@ def kinds(vocab):
 def main(target=ROOT / "tests" / "tokenizers.json"):
     from tokenizers import Tokenizer
     texts, out = strings(n=40), {}
-    for name, doc in kinds(300).items():
+    for name, doc in kinds(400).items():
         t = Tokenizer.from_str(json.dumps(doc))
         out[name] = {"doc": doc, "ids": [t.encode(s, add_special_tokens=False).ids for s in texts]}
     target.write_text(json.dumps({"strings": texts, "tokenizers": out}, separators=(",", ":")) + "\n")

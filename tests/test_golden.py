@@ -11,28 +11,22 @@ import pytest
 import torch
 
 from dkv_min import cache_cost, generate
-from model import Config, DiffusionLM, gather_rows
+from model import DiffusionLM, gather_rows
+from scripts.convert import read_config, their_names
 
 DATA = dict(np.load(pathlib.Path(__file__).parent / "golden.npz"))
 DOC = json.loads(DATA["cases"].tobytes())
-LINEAR = {"q_proj": "attn.q", "k_proj": "attn.k", "v_proj": "attn.v", "attn_out": "attn.o", "ff_proj": "mlp.gate", "up_proj": "mlp.up",
-          "ff_out": "mlp.down", "attn_norm": "attn_norm", "ff_norm": "mlp_norm"}
-
-
-def our_name(theirs):
-    *_, parent, i, leaf, _ = ("", "", *theirs.split("."))
-    if parent == "blocks":
-        return f"blocks.{i}.{LINEAR[leaf]}.weight"
-    return {"wte": "wte", "ln_f": "norm", "ff_out": "head"}[leaf] + ".weight"
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["float32", "float64"])
-def llada(request):
-    c = json.loads(DATA["config"].tobytes())
-    model = DiffusionLM(Config(n_layer=c["n_layers"], n_head=c["n_heads"], n_kv_head=c["n_kv_heads"], n_embd=c["d_model"], n_ff=c["mlp_hidden_size"],
-                               vocab_size=c["embedding_size"], n_vocab=c["vocab_size"], max_len=c["max_sequence_length"], mask_id=c["mask_token_id"],
-                               eos_id=c["eos_token_id"], rope_theta=c["rope_theta"], norm_eps=c["rms_norm_eps"]))
-    model.load_state_dict({our_name(k[7:]): torch.from_numpy(v) for k, v in DATA.items() if k.startswith("weight.")})
+def llada(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("golden") / "config.json"
+    path.write_bytes(DATA["config"].tobytes())
+    config, notes = read_config(path)
+    assert notes == []
+    names = their_names(config)
+    model = DiffusionLM(config)
+    model.load_state_dict({names[k[7:]]: torch.from_numpy(v) for k, v in DATA.items() if k.startswith("weight.")})
     return model.to(request.param).eval().requires_grad_(False)
 
 

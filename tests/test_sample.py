@@ -14,9 +14,9 @@ import torch
 from conftest import ROOT, random_model
 
 from dkv_min import generate
-from model import load, save
-from sample import N_DEMO, launch, main
-from train_tiny import build_tokenizer, side
+from model import Tokenizer, load, save
+from sample import N_DEMO, encode, launch, main
+from train_tiny import PATTERN, build_tokenizer, side
 
 QUESTION = "Anna has 3 boxes of 4 pens. Monday she loses 5. How many pens are left?"
 
@@ -87,7 +87,7 @@ def test_the_bundled_model_answers():
 
 
 def test_json_agrees_with_the_library():
-    fields = ["index", "prompt", "cache", "prompt_ids", "ids", "text", "forwards", "positions_run", "positions_full", "seconds"]
+    fields = ["index", "prompt", "cache", "settings", "prompt_ids", "ids", "text", "forwards", "positions_run", "positions_full", "seconds"]
     found = objects("--prompt", QUESTION, "--prompt", "Short?", "--cache", "all", "--temperature", 0.7, "--seed", 3)
     assert [list(o) for o in found] == [fields] * 6
     assert [(o["index"], o["cache"]) for o in found] == [(i, c) for i in (0, 1) for c in ("none", "decode", "greedy")]
@@ -165,7 +165,7 @@ def test_a_full_disk_is_one_sentence():
 
 
 WRONG = [
-    (["--ckpt", "nothing"], "nothing"), (["--ckpt", str(ROOT / "README.md")], "README.md"), (["--ckpt", str(ROOT)], "directory"), (["--ckpt", "llada"], "convert"),
+    (["--ckpt", "nothing"], "nothing"), (["--ckpt", str(ROOT / "README.md")], "README.md"), (["--ckpt", str(ROOT)], "directory"), (["--chat", "--json"], "--chat"), (["--json", "--out", "x"], "--out"), (["--out", "/nowhere/x"], "--out"),
     (["--prompts", "/no/such"], "/no/such"), (["--prompts", str(ROOT)], "directory"), (["--ids", "1,x"], "1,x"), (["--ids", "999999"], "999999"), (["--ids", ""], "--ids"),
     (["--prompt", ""], "empty"), (["--prompt", "caf\udce9"], "UTF-8"), (["--cache", "fast"], "fast"), (["--refresh", "0"], "--refresh"), (["--refresh", "often"], "often"),
     (["--gen-length", "0"], "gen_length is 0"), (["--gen-length", "10", "--block-length", "4"], "no multiple"), (["--steps", "7", "--block-length", "8"], "steps"),
@@ -190,6 +190,85 @@ def test_user_errors_are_one_sentence(flags, words, capsys, monkeypatch):
 def test_user_errors_in_a_process_of_their_own(flags, words):
     p = subprocess.run([sys.executable, str(ROOT / "sample.py"), *flags], capture_output=True, text=True, timeout=200)
     assert p.returncode == 2 and words in p.stderr and p.stderr.count("\n") == 1 and p.stdout == "", p.stderr
+
+
+def test_llada_is_not_fetched_unasked(tmp_path):
+    """Without a terminal to ask on; where the packages for it are missing, they are named instead."""
+    p = sample("--ckpt", "llada-1.5", "--prompt", "Hello", code=2, stdin=subprocess.DEVNULL, env=os.environ | {"HF_HOME": str(tmp_path)})
+    assert p.out == "" and not (ROOT / "checkpoints" / "llada-1.5.pt").exists()
+    last = p.err.splitlines()[-1]
+    assert "--yes" in last and "GSAI-ML/LLaDA-1.5 will be fetched: 16 GB" in p.err or "requirements-llada.txt" in last
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_go_to_a_file_and_on_where_they_stopped(tmp_path):
+    prompts, out, whole = tmp_path / "p.txt", tmp_path / "o.jsonl", tmp_path / "whole.jsonl"
+    prompts.write_text("".join(f"Ben has {n} bags of 4 cups. Monday he finds 3. How many cups are left?\n" for n in range(2, 7)))
+    flags = "--prompts", prompts, "--cache", "all", "--gen-length", 8, "--block-length", 8, "--temperature", 0.5, "--batch-size", 2
+    p = sample(*flags, "--out", whole)
+    assert p.out == f"{whole}: 5 prompts answered\n"
+    expected = [{k: v for k, v in o.items() if k != "seconds"} for o in lines(whole)]
+    assert [(o["index"], o["cache"]) for o in expected] == [(i, c) for i in range(5) for c in ("none", "decode", "greedy")]
+    assert expected == [{k: v for k, v in o.items() if k != "seconds"} for o in objects(*flags)]
+    text = whole.read_bytes()
+    ends = [i + 1 for i, b in enumerate(text) if b == 10]
+    for cut in (0, 5, ends[0], ends[2], ends[4] + 40, ends[13], len(text)):  # a run killed anywhere
+        out.write_bytes(text[:cut])
+        there = sum(e <= cut for e in ends) // 3
+        kept = lines(whole)[:3 * there]
+        p = sample(*flags, "--out", out)
+        assert lines(out)[:3 * there] == kept, "an answer was given twice"
+        assert [{k: v for k, v in o.items() if k != "seconds"} for o in lines(out)] == expected
+        assert p.out.endswith(f"{there} of them before\n" if there else "5 prompts answered\n")
+
+
+def test_a_file_of_other_answers_is_left_alone(tmp_path):
+    out = tmp_path / "o.jsonl"
+    flags = "--gen-length", 8, "--block-length", 8
+    sample("--prompt", QUESTION, *flags, "--out", out)
+    for other in (["--prompt", "Something else?", *flags], ["--prompt", QUESTION, *flags, "--seed", 1], ["--prompt", QUESTION, *flags, "--cache", "none"], ["--prompt", QUESTION, "--gen-length", 4, "--block-length", 4]):
+        before = out.read_bytes()
+        assert "line 1" in sample(*other, "--out", out, code=2).err and out.read_bytes() == before
+    for content in ("hello", "hello\n", '{"index": 0}\n', "[1]\n", "\x00\n"):
+        out.write_text(content)
+        assert "line 1" in sample("--prompt", QUESTION, *flags, "--out", out, code=2).err and out.read_text() == content
+    import fcntl
+    out.write_text("")
+    with open(out, "ab") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        assert "another run" in sample("--prompt", QUESTION, *flags, "--out", out, code=2).err
+
+
+def test_chat(bare):
+    """Through a pipe: messages in, answers out, with what was said before as long as there is room."""
+    p = sample("--chat", input="\n".join([QUESTION, QUESTION, QUESTION, "/reset", "", QUESTION, "x " * 200, "/quit", "never read"]).encode())
+    alone = objects("--prompt", QUESTION)[0]
+    said = [line for line in p.out.splitlines() if "tokens before" not in line]
+    assert said.count(alone["text"]) >= 2, "the first, and the one after /reset"
+    before = [int(n) for n in re.findall(r"\((\d+) tokens before", p.out)]
+    assert before[0] == before[-1] == len(alone["prompt_ids"]) and before[1] > 2 * before[0]
+    assert "what was said is forgotten" in p.out and "more than the model's" in p.out and p.err == ""
+    p = sample("--chat", "--gen-length", 16, "--block-length", 16, "--cache", "none", input=f"{QUESTION}\n{QUESTION}\n".encode())
+    first, second = (int(n) for n in re.findall(r"\((\d+) tokens before", p.out))
+    assert second > 2 * first and p.out.count("1.00x fewer") == 2
+    assert "no tokenizer" in sample("--chat", "--ckpt", bare, code=2).err
+
+
+def test_the_raw_prompt_and_llada_s_template():
+    model, tokenizer = load(ROOT / "checkpoints" / "tiny.pt")
+    plain, raw = objects("--prompt", "How many?")[0], objects("--prompt", "How many?", "--raw")[0]
+    assert tokenizer.decode(plain["prompt_ids"]) == "How many?\n" and tokenizer.decode(raw["prompt_ids"]) == "How many?"
+    special = {"<|startoftext|>": 300, "<|start_header_id|>": 301, "<|end_header_id|>": 302, "<|eot_id|>": 303, "<|endoftext|>": 304}
+    t = Tokenizer({bytes([b]): b for b in range(256)}, PATTERN, special)
+    found = encode([" Hi <|eot_id|>", "Yes. ", "So?"], t, {"chat": "llada"})
+    spelled = ("<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHi @<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYes.<|eot_id|>"
+               "<|start_header_id|>user<|end_header_id|>\n\nSo?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+    before, after = (t.encode(part, special=True) for part in spelled.split("@"))
+    assert found == before + list(b"<|eot_id|>") + after, "what a user types is text, not a special token"
+    assert encode(["a", "b", "c"], t, {"chat": "llada"}, raw=True) == list(b"ab\nc")
 
 
 def test_prompt_files_that_cannot_be_read(tmp_path):

@@ -18,7 +18,8 @@ from conftest import ROOT, random_model
 
 from dkv_min import generate, unmask_schedule
 from model import load, save
-from sample import MARKS, Watch, main, width
+from sample import main
+from scripts.watch import MARKS, Watch, width
 from train_tiny import build_tokenizer
 
 try:
