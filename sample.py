@@ -335,6 +335,7 @@ def answer_file(model, tokenizer, questions, runs, args):
     except OSError as e:
         raise ValueError(f"cannot write --out {args.out}: {e.strerror}; what it holds is kept") from None
     print(f"{args.out}: {len(questions)} prompts answered" + (f", {there} of them before" if there else ""))
+    return 0
 
 
 def chat(model, tokenizer, how, args):

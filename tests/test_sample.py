@@ -200,6 +200,14 @@ def test_llada_is_not_fetched_unasked(tmp_path):
     assert "--yes" in last and "GSAI-ML/LLaDA-1.5 will be fetched: 16 GB" in p.err or "requirements-llada.txt" in last
 
 
+def said_by(*flags):
+    """What main prints, in this process."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main([*map(str, flags)]) == 0
+    return out.getvalue()
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -208,8 +216,7 @@ def test_answers_go_to_a_file_and_on_where_they_stopped(tmp_path):
     prompts, out, whole = tmp_path / "p.txt", tmp_path / "o.jsonl", tmp_path / "whole.jsonl"
     prompts.write_text("".join(f"Ben has {n} bags of 4 cups. Monday he finds 3. How many cups are left?\n" for n in range(2, 7)))
     flags = "--prompts", prompts, "--cache", "all", "--gen-length", 8, "--block-length", 8, "--temperature", 0.5, "--batch-size", 2
-    p = sample(*flags, "--out", whole)
-    assert p.out == f"{whole}: 5 prompts answered\n"
+    assert said_by(*flags, "--out", whole) == f"{whole}: 5 prompts answered\n"
     expected = [{k: v for k, v in o.items() if k != "seconds"} for o in lines(whole)]
     assert [(o["index"], o["cache"]) for o in expected] == [(i, c) for i in range(5) for c in ("none", "decode", "greedy")]
     assert expected == [{k: v for k, v in o.items() if k != "seconds"} for o in objects(*flags)]
@@ -219,27 +226,33 @@ def test_answers_go_to_a_file_and_on_where_they_stopped(tmp_path):
         out.write_bytes(text[:cut])
         there = sum(e <= cut for e in ends) // 3
         kept = lines(whole)[:3 * there]
-        p = sample(*flags, "--out", out)
+        said = said_by(*flags, "--out", out)
         assert lines(out)[:3 * there] == kept, "an answer was given twice"
         assert [{k: v for k, v in o.items() if k != "seconds"} for o in lines(out)] == expected
-        assert p.out.endswith(f"{there} of them before\n" if there else "5 prompts answered\n")
+        assert said.endswith(f"{there} of them before\n" if there else "5 prompts answered\n")
 
 
 def test_a_file_of_other_answers_is_left_alone(tmp_path):
     out = tmp_path / "o.jsonl"
     flags = "--gen-length", 8, "--block-length", 8
-    sample("--prompt", QUESTION, *flags, "--out", out)
-    for other in (["--prompt", "Something else?", *flags], ["--prompt", QUESTION, *flags, "--seed", 1], ["--prompt", QUESTION, *flags, "--cache", "none"], ["--prompt", QUESTION, "--gen-length", 4, "--block-length", 4]):
+    said_by("--prompt", QUESTION, *flags, "--out", out)
+
+    def refused(words, *flags):
         before = out.read_bytes()
-        assert "line 1" in sample(*other, "--out", out, code=2).err and out.read_bytes() == before
+        with pytest.raises(ValueError, match=words):
+            said_by(*flags, "--out", out)
+        assert out.read_bytes() == before
+
+    for other in (["--prompt", "Something else?", *flags], ["--prompt", QUESTION, *flags, "--seed", 1], ["--prompt", QUESTION, *flags, "--cache", "none"], ["--prompt", QUESTION, "--gen-length", 4, "--block-length", 4]):
+        refused("line 1", *other)
     for content in ("hello", "hello\n", '{"index": 0}\n', "[1]\n", "\x00\n"):
         out.write_text(content)
-        assert "line 1" in sample("--prompt", QUESTION, *flags, "--out", out, code=2).err and out.read_text() == content
+        refused("line 1", "--prompt", QUESTION, *flags)
     import fcntl
     out.write_text("")
     with open(out, "ab") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        assert "another run" in sample("--prompt", QUESTION, *flags, "--out", out, code=2).err
+        refused("another run", "--prompt", QUESTION, *flags)
 
 
 def test_chat(bare):
