@@ -371,7 +371,7 @@ def chat(model, tokenizer, how, args):
             if dropped:
                 print(f"({dropped} earlier question{'s do' if dropped > 1 else ' does'} not fit any more and {'are' if dropped > 1 else 'is'} forgotten)")
             live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-            with Watch(tokenizer, model.config, how, 0, keep=False) if live else contextlib.nullcontext() as view:
+            with Watch(tokenizer, model.config, how, args.watch or 0, keep=False) if live else contextlib.nullcontext() as view:
                 result = generate(model, [ids], generator=draws(args, n), on_step=view, **how)
         except ValueError as e:
             print(e)

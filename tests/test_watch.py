@@ -213,3 +213,39 @@ def test_interrupted_it_gives_the_terminal_back(wordy, sent, code):
             out += data
     os.close(master)
     assert p.wait(100) == code and time.time() - began < 30 and out.decode().rstrip().endswith("\x1b[?25h\x1b[?1049l") and b"Traceback" not in out
+
+
+@pytest.mark.skipif(pty is None, reason="no pseudo-terminals on this system")
+def test_chat_in_a_terminal(wordy):
+    """Ctrl-C stops an answer and keeps the chat; at the prompt it says how to leave."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    p = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), "--ckpt", str(wordy), "--chat", "--gen-length", "8", "--watch", "0.2"], stdin=slave, stdout=slave, stderr=slave, env=os.environ | {"TERM": "xterm"})
+    os.close(slave)
+    out = b""
+
+    def until(words):
+        nonlocal out
+        out, before = b"", out
+        while words not in out:
+            assert select.select([master], [], [], 100)[0], (before, out)
+            out += os.read(master, 65536)
+
+    until(b"> ")
+    p.send_signal(signal.SIGINT)
+    until(b"/quit ends")
+    until(b"> ")
+    os.write(master, b"hello\n")
+    until(b"step 3/8")
+    p.send_signal(signal.SIGINT)
+    until(b"(stopped; this question is not kept)")
+    assert b"\x1b[?1049l" in out  # the screen was given back
+    os.write(master, b"hi\n")
+    until(b"step 8/8")
+    until(b"(3 tokens before")
+    os.write(master, b"/quit\n")
+    with contextlib.suppress(OSError):
+        while data := os.read(master, 65536):
+            out += data
+    os.close(master)
+    assert p.wait(100) == 0 and b"Traceback" not in out
