@@ -89,16 +89,15 @@ def pick_device(name):
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def load_checkpoint(args):
+def load_checkpoint(name, device, dtype, yes=False):
     """-> model, tokenizer. LLaDA is fetched and converted on first use, if the user agrees."""
-    path = os.path.join(HERE, "checkpoints", f"{args.ckpt}.pt") if args.ckpt in ("tiny", *LLADA) else args.ckpt
+    path = os.path.join(HERE, "checkpoints", f"{name}.pt") if name in ("tiny", *LLADA) else name
     if not os.path.exists(path):
-        if args.ckpt not in LLADA:
+        if name not in LLADA:
             raise ValueError(f"there is no checkpoint {path}: give --ckpt tiny, {', '.join(LLADA)} or the path of a file")
         from scripts.convert import HUB, ask_user, convert, fetch
         with contextlib.redirect_stdout(sys.stderr):
-            convert(fetch(HUB[args.ckpt], path, ask_user(args.yes)), path)
-    device, dtype = pick_device(args.device), args.dtype
+            convert(fetch(HUB[name], path, ask_user(yes)), path)
     model, tokenizer = load(path)
     if dtype == "auto":
         small = sum(p.numel() for p in model.parameters()) < 1e9
@@ -387,8 +386,7 @@ def chat(model, tokenizer, how, args):
 
 def main(argv=None):
     args = parse_args(argv)
-    pick_device(args.device)
-    model, tokenizer = load_checkpoint(args)
+    model, tokenizer = load_checkpoint(args.ckpt, pick_device(args.device), args.dtype, args.yes)
     if args.chat and tokenizer is None:
         raise ValueError(f"{args.ckpt} has no tokenizer, so there is no chatting with it: use --ids")
     questions = [] if args.chat else find_questions(args, model.extra, tokenizer)
