@@ -43,14 +43,14 @@ TEMPLATE = "{}\n"  # how a question stands in a prompt
 def problem(rng, ops):
     """One problem with ops additions or subtractions after the product -> (numbers, question, answer).
 
-    numbers identify it whatever the wording: (7, 8, -9, 5) is 7*8, minus 9, plus 5; no result leaves 0..99."""
-    a, b = rng.randint(2, 9), rng.randint(2, 9)
+    numbers identify it whatever the wording: (7, 8, -9, 5) is 7*8, minus 9, plus 5; every result has two digits."""
+    a, b = rng.choice([(a, b) for a in range(2, 10) for b in range(2, 10) if a * b >= 10])
     who, names = rng.choice([("she", SHE), ("he", HE)])
     name, thing, holder = rng.choice(names), rng.choice(THINGS), rng.choice(HOLDERS)
     numbers, total = [a, b], a * b
     question, answer = [f"{name} has {a} {holder} of {b} {thing}."], [f"{a}*{b}={total}."]
     for day in DAYS[:ops]:
-        d = rng.choice([d for d in range(-9, 10) if d and 0 <= total + d <= 99])
+        d = rng.choice([d for d in range(-9, 10) if d and 10 <= total + d <= 99])
         numbers.append(d)
         question.append(f"{day} {who} {rng.choice(MORE)} {d} more." if d > 0 else f"{day} {who} {rng.choice(LESS)} {-d}.")
         answer.append(f"{day} {total}{d:+d}={total + d}.")
@@ -271,7 +271,7 @@ def exact_answers(path, n, device):
 
 PRESETS = {
     "quick": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=40, gen_length=32, block_length=32, ops=[1, 2], steps=2000, batch_size=64),
-    "bundled": dict(n_layer=4, n_head=4, n_embd=224, prompt_len=64, gen_length=64, block_length=32, ops=[2, 4], steps=3000, batch_size=64),
+    "bundled": dict(n_layer=3, n_head=4, n_embd=256, prompt_len=64, gen_length=64, block_length=32, ops=[3, 5], steps=4000, batch_size=64, sums=0.08),
 }
 DEFAULTS = dict(out="toy.pt", preset="quick", eval=100, vocab=512, lr=0.01, lr_adam=0.003, sums=0.1, val_every=250, seed=1, device="auto", amp="auto")
 MINIMUM = dict(n_layer=1, n_head=1, n_embd=2, prompt_len=1, gen_length=2, block_length=1, vocab=258, steps=1, batch_size=1, val_every=1, threads=1,
