@@ -344,13 +344,14 @@ def fetch(repo, out, ask=None):
         from huggingface_hub import constants, snapshot_download
     except ImportError as e:
         raise ValueError(f"fetching {repo} needs the package {e.name}: {INSTALL}") from None
-    folder, size = cached(repo), 16.1e9
+    folder = cached(repo)
+    size = sum(os.path.getsize(path) for path in set(find_shards(folder).values())) if folder else 16.1e9
     here = os.path.dirname(os.path.abspath(out))
     os.makedirs(here, exist_ok=True)
     os.makedirs(constants.HF_HUB_CACHE, exist_ok=True)
     free = shutil.disk_usage(here).free
     plan = f"{repo} was fetched before ({folder})" if folder else f"{repo} will be fetched: 16 GB from huggingface.co to {constants.HF_HUB_CACHE} ({shutil.disk_usage(constants.HF_HUB_CACHE).free / 1e9:.0f} GB free)"
-    print(f"{plan}, and converted: 16 GB to {out} ({free / 1e9:.0f} GB free)", file=sys.stderr)
+    print(f"{plan}, and converted: {size / 1e9:.2g} GB to {out} ({free / 1e9:.0f} GB free)", file=sys.stderr)
     same = os.stat(here).st_dev == os.stat(constants.HF_HUB_CACHE).st_dev
     room(here, size if folder or not same else 2 * size, out)
     if not folder and not same:

@@ -309,6 +309,35 @@ def test_a_snapshot_that_was_fetched_before(small, tmp_path):
     assert "HF_HUB_OFFLINE" in p.stderr.splitlines()[-1]
 
 
+def test_first_use_asks(small, tmp_path):
+    """sample.py --ckpt llada in a terminal, in a copy of the repository: no leaves everything alone, yes converts and answers,
+    and the next time nothing is asked."""
+    pytest.importorskip("huggingface_hub")
+    import pty
+    repo = tmp_path / "hf" / "hub" / "models--GSAI-ML--LLaDA-8B-Instruct"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0123abc")
+    shutil.copytree(small, repo / "snapshots" / "0123abc")
+    copy = tmp_path / "repo"
+    copy.mkdir()
+    for f in ("sample.py", "dkv_min.py", "model.py", "scripts"):
+        (shutil.copytree if f == "scripts" else shutil.copy)(ROOT / f, copy / f)
+    args = [sys.executable, str(copy / "sample.py"), "--ckpt", "llada", "--prompt", "Hello", "--gen-length", "8", "--block-length", "8", "--json"]
+    env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    for typed, code in (("\n", 2), ("n\n", 2), ("y\n", 0)):
+        master, slave = pty.openpty()
+        os.write(master, typed.encode())
+        p = subprocess.run(args, stdin=slave, capture_output=True, text=True, timeout=100, env=env)
+        os.close(slave), os.close(master)
+        assert p.returncode == code and "go on? [y/N]" in p.stderr and "GSAI-ML/LLaDA-8B-Instruct was fetched before" in p.stderr, p.stderr
+        assert (copy / "checkpoints" / "llada.pt").exists() == (code == 0)
+    assert len(p.stdout.splitlines()) == 1 and len(json.loads(p.stdout)["ids"]) == 8
+    p = subprocess.run(args, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, env=env)
+    assert p.returncode == 0 and "fetched" not in p.stderr and len(json.loads(p.stdout)["ids"]) == 8
+    os.remove(copy / "checkpoints" / "llada.pt")
+    assert subprocess.run([*args, "--yes"], stdin=subprocess.DEVNULL, capture_output=True, timeout=100, env=env).returncode == 0
+
+
 def test_missing_packages(small, tmp_path):
     code = "import sys; sys.modules[{!r}] = None; sys.path.insert(0, {!r}); import scripts.convert as c; from sample import launch; launch(lambda: c.main({!r}))"
     for package, args in (("safetensors", [str(small), "--out", str(tmp_path / "o.pt")]), ("safetensors", ["llada"]), ("huggingface_hub", ["llada"])):
