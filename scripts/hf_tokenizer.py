@@ -10,6 +10,7 @@ import os
 import sys
 
 import regex
+import tiktoken
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from model import Tokenizer  # noqa: E402
@@ -30,8 +31,11 @@ def byte_letters():
 LETTERS = byte_letters()
 
 
+REFUSED = "this tokenizer cannot be converted exactly: "
+
+
 def refuse(where, value):
-    raise ValueError(f"this tokenizer cannot be converted exactly: {where} is {json.dumps(value)[:80]}, which is not supported")
+    raise ValueError(f"{REFUSED}{where} is {json.dumps(value)[:80]}, which is not supported")
 
 
 def need(value, where, kind):
@@ -69,17 +73,12 @@ def read_pre_tokenizer(part):
     if kinds not in (["ByteLevel"], ["Split", "ByteLevel"], ["Digits", "ByteLevel"]):
         refuse("pre_tokenizer", kinds)
     alone, split = kinds == ["ByteLevel"], kinds[0] == "Split"
-    only(parts[-1], "pre_tokenizer.ByteLevel", type=None, trim_offsets=None, use_regex=[not split], add_prefix_space=[False, True] if alone else [False])
-    if split != (parts[-1].get("use_regex", True) is False):
-        refuse("pre_tokenizer.ByteLevel.use_regex", parts[-1].get("use_regex", True))
-    if not alone and parts[-1].get("add_prefix_space", True):
-        refuse("pre_tokenizer.ByteLevel.add_prefix_space", True)
+    last = {"use_regex": True, "add_prefix_space": True} | parts[-1]  # what is absent is on
+    only(last, "pre_tokenizer.ByteLevel", type=None, trim_offsets=None, use_regex=[not split], add_prefix_space=[False, True] if alone else [False])
     if alone:
-        return GPT2, parts[-1].get("add_prefix_space", True)
+        return GPT2, last["add_prefix_space"]
     if not split:
-        only(parts[0], "pre_tokenizer.Digits", type=None, individual_digits=[True])
-        if not parts[0].get("individual_digits"):
-            refuse("pre_tokenizer.Digits.individual_digits", False)
+        only({"individual_digits": False} | parts[0], "pre_tokenizer.Digits", type=None, individual_digits=[True])
         return DIGITS, False
     only(parts[0], "pre_tokenizer.Split", type=None, pattern=None, behavior=["Isolated"], invert=[False])
     only(need(parts[0].get("pattern"), "pre_tokenizer.Split.pattern", dict), "pre_tokenizer.Split.pattern", Regex=None)
@@ -87,26 +86,50 @@ def read_pre_tokenizer(part):
 
 
 def total(pattern):
-    """tiktoken drops text that the pattern does not match, Hugging Face keeps it as a piece: a pattern that leaves anything
-    out gets an alternative for it."""
+    """The pattern for tiktoken, whose regular expressions are Rust's and not Oniguruma's: what the two read differently is
+    refused. tiktoken drops text that the pattern does not match, Hugging Face keeps it as a piece: a pattern that leaves
+    anything out gets an alternative for it."""
+    sets = r"\[(?:\\.|[^]\\])*\]"
+    bare = regex.sub(r"\\[pP]\{[^}]*\}|\\.|" + sets, "x", pattern)  # escapes and sets do not count
+    for sign in (r"\^", r"\$", r"\{[\d,]*\}\+", r"\(\?[msxPR(]", r"\(\?<(?![=!])"):
+        if found := regex.search(sign, bare):
+            refuse(f"the sign {found[0]} in the pattern", pattern)
+    if regex.search(r"\[\^?(?:\\.|[^]\\])*(\[|--|&&|~~)", pattern):
+        refuse("a set within a set in the pattern", pattern)
     try:
+        tiktoken.Encoding("try", pat_str=pattern, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={})
         for around in ("{}", "a{}", " {}", "{}1", "\n{} "):
             text = "".join(around.format(chr(c)) for c in range(0x30000) if not 0xD800 <= c < 0xE000)
-            if sum(len(m.group()) for m in regex.finditer(pattern, text)) < len(text):
+            found = [len(m.group()) for m in regex.finditer(pattern, text)]
+            if 0 in found:
+                refuse("a pattern that matches nothing at all in places", pattern)
+            if sum(found) < len(text):
                 return f"{pattern}|(?:(?!{pattern})[\\s\\S])+"
-    except regex.error as e:
-        refuse(f"the pattern ({e})", pattern)
+    except (regex.error, ValueError) as e:
+        if str(e).startswith(REFUSED):
+            raise
+        refuse(f"the pattern ({str(e).splitlines()[0]})", pattern)
     return pattern
 
 
-def read_added(tokens):
+def overlap(a, b):
+    return a in b or b in a or any(a.endswith(b[:k]) or b.endswith(a[:k]) for k in range(1, min(len(a), len(b))))
+
+
+def read_added(tokens, nfc):
     """-> {text: id} of the tokens that are cut out of a text before anything else."""
-    added = {}
+    added, kinds = {}, {False: [], True: []}
     for token in need(tokens, "added_tokens", list):
         only(token, "added_tokens", id=None, content=None, special=None, normalized=None, lstrip=[False], rstrip=[False], single_word=[False])
         content = need(token.get("content"), "added_tokens.content", str)
         if not content or added.setdefault(content, need(token.get("id"), "added_tokens.id", int)) != token["id"]:
             refuse("added_tokens.content", content)
+        kinds[bool(token.get("normalized"))].append(content)
+    if nfc and kinds[True]:
+        refuse("added_tokens.normalized beside a normalizer", kinds[True][:3])
+    for a in kinds[True]:  # Hugging Face looks for these last
+        if any(overlap(a, b) for b in kinds[False]):
+            refuse("an added token that is normalized and overlaps one that is not", a)
     return added
 
 
@@ -144,6 +167,9 @@ def build(vocab, merges, added, pattern, nfc, prefix_space, ignore_merges=False)
         refuse(f"the list of tokens ({len(wrong)} of {len(ranks)}) that their own bytes do not merge to", wrong[:3])
     if ignore_merges:  # a piece that is a token is taken as it is, whether merges lead there or not
         ranks |= {t: i for t, i in unmade.items() if set(t) <= LETTERS.keys()}
+        for t in unmade.keys() & ranks.keys():  # but tiktoken would make it in the middle of a piece as well
+            if any(t[:i] in ranks and t[i:] in ranks for i in range(1, len(t))):
+                refuse("with ignore_merges, a token that no merge makes, of two that there are", t)
         unmade = {t: i for t, i in unmade.items() if t not in ranks}
 
     def to_bytes(t):
@@ -154,20 +180,23 @@ def build(vocab, merges, added, pattern, nfc, prefix_space, ignore_merges=False)
 
 def from_json(doc):
     """The content of a tokenizer.json -> Tokenizer."""
-    only(doc, "tokenizer.json", version=None, truncation=None, padding=None, added_tokens=None, normalizer=None, pre_tokenizer=None, post_processor=None, decoder=None, model=None)
+    only(doc, "tokenizer.json", version=None, truncation=None, padding=None,  # these two are the caller's business
+         added_tokens=None, normalizer=None, pre_tokenizer=None, post_processor=None, decoder=None, model=None)
     decoder = doc.get("decoder")
     if decoder is not None and need(decoder, "decoder", dict).get("type") != "ByteLevel":
         refuse("decoder", decoder)
     model = doc.get("model")
     only(model, "model", type=["BPE"], vocab=None, merges=None, dropout=[None, 0, 0.0], unk_token=None, fuse_unk=None, byte_fallback=[None, False],
          continuing_subword_prefix=[None, ""], end_of_word_suffix=[None, ""], ignore_merges=[None, False, True])
-    added, nfc = read_added(doc.get("added_tokens", [])), read_normalizer(doc.get("normalizer"))
-    if nfc and (changed := [t["content"] for t in doc.get("added_tokens", []) if t.get("normalized")]):
-        refuse("added_tokens.normalized beside a normalizer", changed[:3])
+    nfc, (pattern, prefix_space) = read_normalizer(doc.get("normalizer")), read_pre_tokenizer(doc.get("pre_tokenizer"))
+    added, vocab = read_added(doc.get("added_tokens", []), nfc), need(model.get("vocab"), "model.vocab", dict)
+    new = [i for t, i in added.items() if t not in vocab]
+    if new != list(range(len(vocab), len(vocab) + len(new))):
+        refuse("the list of ids of added tokens that the vocabulary lacks, which do not continue its numbers", new[:5])
     merges = [tuple(m.split(" ") if isinstance(m, str) else need(m, "a merge", list)) for m in need(model.get("merges"), "model.merges", list)]
     if bad := [m for m in merges if len(m) != 2 or not all(isinstance(t, str) for t in m)]:
         refuse("a merge", bad[0])
-    return build(model.get("vocab"), merges, added, *(lambda p: (p[0], nfc, p[1]))(read_pre_tokenizer(doc.get("pre_tokenizer"))), bool(model.get("ignore_merges")))
+    return build(vocab, merges, added, pattern, nfc, prefix_space, bool(model.get("ignore_merges")))
 
 
 def read_json(path):
@@ -180,34 +209,44 @@ def read_json(path):
         raise ValueError(f"{path} is damaged: it is no JSON in UTF-8") from None
 
 
+def named(path, read, *args):
+    """read(*args), whose faults name the file."""
+    try:
+        return read(*args)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    except (TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged: {type(e).__name__}: {e}") from None
+
+
+def read_merges(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = f.read().split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"cannot read {path}: {getattr(e, 'strerror', None) or 'it is no UTF-8'}") from None
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    if bad := [m for m in merges if len(m) != 2]:
+        raise ValueError(f"{path}: a merge is {bad[0]}")
+    return merges
+
+
 def from_folder(folder):
     """A folder of the Hugging Face kind -> Tokenizer, or None where it has no tokenizer. Raises ValueError."""
-    path = {name: os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")}
-    source = path["tokenizer.json"] if os.path.exists(path["tokenizer.json"]) else path["vocab.json"]
-    if not os.path.exists(source):
+    whole, vocab, merges, settings, more = (os.path.join(folder, f) for f in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json"))
+    if os.path.exists(whole):
+        return named(whole, from_json, read_json(whole))
+    if not os.path.exists(vocab):
         return None
-    try:
-        if source == path["tokenizer.json"]:
-            return from_json(read_json(source))
-        # the older form: the class in tokenizer_config.json stands for a pattern
-        config = read_json(path["tokenizer_config.json"])
+
+    def read_settings(config):  # the older form: the class in tokenizer_config.json stands for a pattern
         kind = need(config, "tokenizer_config.json", dict).get("tokenizer_class")
         if kind not in SLOW:
             refuse("tokenizer_class", kind)
-        added = [{"id": int(i), **t} for i, t in config.get("added_tokens_decoder", {}).items()]
-        if os.path.exists(path["added_tokens.json"]):
-            known = {t["content"] for t in added}
-            added += [{"id": i, "content": t} for t, i in read_json(path["added_tokens.json"]).items() if t not in known]
-        with open(path["merges.txt"], encoding="utf-8") as f:
-            lines = [line for line in f.read().split("\n") if line and not line.startswith("#version")]
-        merges = [tuple(line.split(" ")) for line in lines]
-        if bad := [m for m in merges if len(m) != 2]:
-            refuse("a merge", bad[0])
-        pattern, nfc = SLOW[kind]
-        return build(read_json(source), merges, read_added(added), pattern, nfc, bool(config.get("add_prefix_space")))
-    except OSError as e:
-        raise ValueError(f"cannot read {e.filename}: {e.strerror}") from None
-    except ValueError as e:
-        raise ValueError(str(e) if str(e).startswith("cannot read") or str(folder) in str(e) else f"{source}: {e}") from None
-    except (TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{source} is damaged: {type(e).__name__}: {e}") from None
+        return [*SLOW[kind], bool(config.get("add_prefix_space"))], [{"id": int(i), **t} for i, t in config.get("added_tokens_decoder", {}).items()]
+
+    (pattern, nfc, prefix_space), tokens = named(settings, read_settings, read_json(settings))
+    if os.path.exists(more):
+        known = {t["content"] for t in tokens}
+        tokens += [{"id": i, "content": t} for t, i in named(more, need, read_json(more), "it", dict).items() if t not in known]
+    return named(vocab, build, read_json(vocab), read_merges(merges), named(settings, read_added, tokens, nfc), pattern, nfc, prefix_space)

@@ -15,7 +15,7 @@ LLADA = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 from scripts.hf_tokenizer import LETTERS, QWEN2  # noqa: E402
 
-TEXT = (ROOT / "README.md").read_text() + """
+TEXT = pathlib.Path(__file__).read_text() + """
 We'll see; they've said it's 1234 of 56,789 and 100,000 in 1999, 2024, 2025. ÄÖÜ äöü straße, naïve café, Ελληνικά, русский текст, עברית, العربية, हिन्दी, ไทย,
 中文字符和日本語のかな, 한국어 조선말, emoji 😀👍🏽🇩🇪👨‍👩‍👧.   spaces\t\ttabs\r\n\r\n  lines   \n    indented\n""" * 8
 SPECIAL = ["<|start|>", "<|end|>", "<|end|>x", "<|mask|>", "[CLS]"]
@@ -25,7 +25,7 @@ def strings(seed=0, n=0):
     """Fixed ones that have broken tokenizers before, then n random ones."""
     rng = random.Random(seed)
     fixed = ["", "a", " ", "  ", "   a", "a   ", "a  b   c", "\n", "\n\n\n", " \n \n", "x  \n  y", "\t\t x\r\n\r\ny", "Hello world", " Hello world", "I'm you're they've he'll she'd it's WE'LL DON'T 'tis O'Neil''s",
-             "numbers 12345 and 3.14159 and 1,000,000", "007 1 22 333 4444", "e\u0301 a\u0308 \u212b \ufb01", "naïve café straße", "qqq qqqq the orphanage 不不 不", "100 1000 10000 2025 20242025", "Ελληνικά русский עברית العربية हिन्दी ไทย", "中文字符 日本語 한국어", "😀👍🏽🇩🇪👨‍👩‍👧 x😀y",
+             "numbers 12345 and 3.14159 and 1,000,000", "007 1 22 333 4444", "e\u0301 a\u0308 \u212b \ufb01", "naïve café straße", "qqq qqqq the orphanage ʬʬ ʬʬʬʬ", "100 1000 10000 2025 20242025", "Ελληνικά русский עברית العربية हिन्दी ไทย", "中文字符 日本語 한국어", "😀👍🏽🇩🇪👨‍👩‍👧 x😀y",
              "\u00a0\u2003\u3000\u0085\u2028\u200b\ufeff\u001c", "a\u00a0b\u2003c\u3000d", "\x00\x01\x7f", "<|start|>user<|end|>", "<|end|>x<|end|> x<|mask|><|mask|>", "[CLS] [CLS][cls] <|start |>", "<|sta", "a<|end|>\n\n  <|start|>'s", "!!!???...\n\n", "#### 7*8=56. --- ***",
              "word" * 30, " " * 70, "ab" * 40 + " " + "9" * 20]
     pools = [[chr(c) for c in range(32, 127)], list(" \t\n\r\u00a0\u2003\u3000\u0085\u2028\u200b\ufeff\u001cab1"), list("0123456789 .,a\n"), list("sStTdDmMlLvVrReE' \u2019"), [chr(c) for c in range(0, 256)],
@@ -79,8 +79,8 @@ def kinds(vocab):
     n = vocab + len(SPECIAL)
     shuffled = random.Random(1).sample(range(3 * n), n)
     orphans = json.loads(json.dumps(llada))
-    for i, t in enumerate(("Ġorphanage", "qqq", "不")):  # tokens that no merge makes
-        orphans["model"]["vocab"]["".join({b: c for c, b in LETTERS.items()}[b] for b in t.encode()) if t == "不" else t] = n + i
+    for i, t in enumerate(("Ġorphanage", "qqq", "ʬʬ")):  # tokens that no merge makes
+        orphans["model"]["vocab"]["".join({b: c for c, b in LETTERS.items()}[b] for b in t.encode()) if t == "ʬʬ" else t] = n + i
     with_added(orphans)
     every = json.loads(json.dumps(llada))  # every way to cut a token in two, as converters from tiktoken write them
     rank = {t: i for i, t in enumerate(dict.fromkeys("".join(m) for m in every["model"]["merges"]))}

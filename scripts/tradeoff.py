@@ -1,7 +1,7 @@
 """What each cache loses and saves on the word problems: every run answers the same held-out problems, and is compared with the
 run without a cache in the same order and as many steps, problem by problem; runs with fewer steps and no cache with all steps.
 
-python scripts/tradeoff.py                            1,000 problems, 22 runs
+python scripts/tradeoff.py                            1,000 problems, 24 runs
 python scripts/tradeoff.py --n 100 --ckpt toy.pt
 python scripts/tradeoff.py --log outcomes.jsonl       keep every answer; a run that was cut off goes on from there
 
@@ -30,10 +30,10 @@ NEVER = 10**6
 
 def runs():
     """-> [(settings, number of the run it is compared with)]"""
-    found = [(dict(cache="none"), None), (dict(cache="none", steps=1 / 2), 0), (dict(cache="none", steps=1 / 4), 0)]
+    found = [(dict(cache="none"), None), *[(dict(cache="none", steps=1 / k), 0) for k in (2, 4, 8)]]
     for refresh in (8, NEVER):
         found += [(dict(cache="decode", refresh=refresh), 0), (dict(cache="decode", refresh=refresh, delay=False), 0)]
-    found += [(dict(cache="decode", refresh=8, steps=1 / 2), 1)]
+    found += [(dict(cache="decode", refresh=8, steps=1 / 2), 1), (dict(cache="decode", refresh=8, steps=1 / 4), 2)]
     for order in ("left_to_right", "random"):
         base = len(found)
         found += [(dict(cache="none", remasking=order), None)]

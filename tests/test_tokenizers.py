@@ -31,7 +31,7 @@ def test_the_fixtures_are_of_different_kinds():
     assert len(NAMES) == 11 and len(DATA["strings"]) > 60
     same = [name for name in NAMES if ids[name] == ids["llada"]]
     assert same == ["llada", "ignore_merges", "orphans", "every split"]  # these are to make no difference
-    at = DATA["strings"].index("qqq qqqq the orphanage 不不 不")
+    at = DATA["strings"].index("qqq qqqq the orphanage ʬʬ ʬʬʬʬ")
     assert ids["orphans ignore_merges"][at] != ids["orphans"][at] == ids["llada"][at]
 
 
@@ -55,7 +55,9 @@ def test_random_strings_against_tokenizers(name):
 
 def test_the_fixtures_can_be_made_again():
     pytest.importorskip("tokenizers", reason="trains with the package tokenizers, if there is one")
-    assert list(kinds(270)) == NAMES
+    made = kinds(400)
+    assert list(made) == NAMES
+    assert made == {name: t["doc"] for name, t in DATA["tokenizers"].items()}, "tests/tokenizers.json is stale: run scripts/make_tokenizers.py"
 
 
 def changed(**parts):
@@ -91,12 +93,24 @@ REFUSED = {
     "a broken pattern": (changed(pre_tokenizer__pretokenizers__0__pattern={"Regex": "(a"}), "pattern"),
     "an added token that eats blanks": (changed(added_tokens__0__lstrip=True), "lstrip"),
     "another decoder": (changed(decoder={"type": "Metaspace"}), "decoder"),
-    "a byte is missing": (changed(model__vocab={t: i for t, i in MODEL["vocab"].items() if t != "Ā"}, model__merges=[]), "0x00"),
+    "a byte is missing": (changed(model__vocab={t: i for t, i in MODEL["vocab"].items() if t != "Ā"}, model__merges=[], added_tokens=[]), "0x00"),
     "merges of nothing": (changed(model__merges=[["no", "such"]]), "no"),
     "a merge of three": (changed(model__merges=["a b c"]), "merge"),
     "a merge twice": (changed(model__merges=MODEL["merges"] + MODEL["merges"][:1]), "twice"),
     "an id that is text": (changed(model__vocab={**MODEL["vocab"], "a": "1"}), "id"),
-    "two tokens with one id": (changed(model__vocab={**MODEL["vocab"], "a": MODEL["vocab"]["b"]}), "share an id"),
+    "two tokens with one id": (changed(model__vocab={**MODEL["vocab"], "a": MODEL["vocab"]["b"]}, added_tokens=[]), "share an id"),
+    "a merge that is not of bytes": (changed(model__vocab={**MODEL["vocab"], "▁": 900, "▁a": 901}, model__merges=MODEL["merges"] + [["▁", "a"]], added_tokens=[]), "not of bytes"),
+    "normalized beside a normalizer": (changed(normalizer={"type": "NFC"}, added_tokens__0__normalized=True), "normalizer"),
+    "a normalized token within one that is not": (changed(added_tokens__2__normalized=True), "overlaps"),
+    "an added id that leaves a gap": (changed(added_tokens__4__id=999), "999"),
+    "an orphan that tiktoken would make elsewhere": (changed(model__ignore_merges=True, model__vocab={**MODEL["vocab"], "zq": 400}, added_tokens=[]), "zq"),
+    "the start of a line": (changed(pre_tokenizer__pretokenizers__0__pattern={"Regex": r"^\p{L}+|[\s\S]"}), "sign ^"),
+    "the end of a line": (changed(pre_tokenizer__pretokenizers__0__pattern={"Regex": r"\s++$|[\s\S]"}), "sign $"),
+    "a counted repeat and a plus": (changed(pre_tokenizer__pretokenizers__0__pattern={"Regex": r"\p{N}{1,3}+|[\s\S]"}), "sign {1,3}+"),
+    "(?m:": (changed(pre_tokenizer__pretokenizers__0__pattern={"Regex": r"(?m:.+)|[\s\S]"}), "(?m"),
+    "sets in sets": (changed(pre_tokenizer__pretokenizers__0__pattern={"Regex": r"[a-z--[aeiou]]|[\s\S]"}), "set"),
+    "an empty match": (changed(pre_tokenizer__pretokenizers__0__pattern={"Regex": r"(?=\p{N})|\p{L}+|[\s\S]"}), "nothing at all"),
+    "a pattern that tiktoken does not know": (changed(pre_tokenizer__pretokenizers__0__pattern={"Regex": r"\X"}), "pattern"),
     "vocab is a list": (changed(model__vocab=[]), "vocab"),
 }
 
@@ -144,6 +158,9 @@ def test_the_older_form(tmp_path):
     (tmp_path / "merges.txt").unlink()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="merges.txt"):
+        from_folder(tmp_path)
+    (tmp_path / "added_tokens.json").write_text("[]")
+    with pytest.raises(ValueError, match="added_tokens.json"):
         from_folder(tmp_path)
 
 
