@@ -71,6 +71,8 @@ def parse_args(argv):
             raise ValueError(f"--watch is {args.watch}, and has to be 0 to 60 seconds")
         if args.json or args.out:
             raise ValueError("--watch shows what --json and --out write down: leave one of them out")
+    if args.out is not None and (not args.out or args.prompts and os.path.exists(args.out) and os.path.exists(args.prompts) and os.path.samefile(args.out, args.prompts)):
+        raise ValueError(f"--out {args.out!r} is not the name of a file for answers")
     if args.out and args.json:
         raise ValueError("--json writes to stdout and --out to a file: leave one of them out")
     if args.chat and (args.json or args.out or args.prompt or args.prompts or args.ids or args.cache == "all"):
@@ -97,7 +99,7 @@ def load_checkpoint(name, device, dtype, yes=False):
             raise ValueError(f"there is no checkpoint {path}: give --ckpt tiny, {', '.join(LLADA)} or the path of a file")
         from scripts.convert import HUB, ask_user, convert, fetch
         with contextlib.redirect_stdout(sys.stderr):
-            convert(fetch(HUB[name], path, ask_user(yes)), path)
+            convert(fetch(HUB[name], path, ask_user(yes)), path, name=name)
     model, tokenizer = load(path)
     if dtype == "auto":
         small = sum(p.numel() for p in model.parameters()) < 1e9
@@ -170,10 +172,9 @@ def encode(turns, tokenizer, extra, raw=False):
     return tokenizer.encode("".join(text + "\n" if i % 2 else template.replace("{}", text) for i, text in enumerate(turns)))
 
 
-def find_questions(args, extra, tokenizer):
+def find_questions(args, texts, ids, extra, tokenizer):
     """-> [(text, ids, right answer)]: the user's prompts, or else the checkpoint's own, whose answers may be known. What is
     not known is None."""
-    texts, ids = read_prompts(args), parse_ids(args.ids)
     pairs = [(text, None) for text in texts]
     if not texts and not ids:
         pairs = extra["problems"][:N_DEMO] if "problems" in extra else [(text, None) for text in extra.get("prompts", PROMPTS)]
@@ -287,10 +288,16 @@ def print_json(objects):
         print(json.dumps(o), flush=True)
 
 
+def agree(a, b):
+    return a[:len(b)] == b[:len(a)]
+
+
 def continue_file(path, heads):
     """Opens an --out behind the answers that it has already. heads: what the lines of the whole file begin with.
     -> open file, number of whole lines in it"""
     import fcntl  # not on Windows
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"--out {path} is a folder or a device: give the name of a file")
     try:
         f = open(path, "a+b")
     except OSError as e:
@@ -302,7 +309,7 @@ def continue_file(path, heads):
     f.seek(0)
     n = end = 0
     for line in f:
-        if not line.endswith(b"\n") and b'{"index": '.startswith(line[:10]):  # killed in the middle of it
+        if not line.endswith(b"\n") and n < len(heads) and agree(line, json.dumps(heads[n])[:-1].encode()):  # killed in the middle of it
             break
         try:
             known = json.loads(line)
@@ -386,10 +393,13 @@ def chat(model, tokenizer, how, args):
 
 def main(argv=None):
     args = parse_args(argv)
+    texts, ids = read_prompts(args), parse_ids(args.ids)  # what is wrong with these is said before 16 GB are fetched
+    if args.chat and not (sys.stdin and sys.stdout):
+        raise ValueError("--chat needs an open stdin and stdout")
     model, tokenizer = load_checkpoint(args.ckpt, pick_device(args.device), args.dtype, args.yes)
     if args.chat and tokenizer is None:
         raise ValueError(f"{args.ckpt} has no tokenizer, so there is no chatting with it: use --ids")
-    questions = [] if args.chat else find_questions(args, model.extra, tokenizer)
+    questions = [] if args.chat else find_questions(args, texts, ids, model.extra, tokenizer)
     if args.watch is not None:
         args.batch_size = 1
     graded = all(right is not None for _, _, right in questions)

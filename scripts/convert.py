@@ -41,8 +41,8 @@ PLAIN = {"model_type": ("llada",), "activation_type": ("silu",), "alibi": (False
          "block_type": ("llama",), "clip_qkv": (), "include_bias": (False,), "input_emb_norm": (False,), "layer_norm_type": ("rms",), "layer_norm_with_affine": (True,),
          "rope": (True,), "rope_full_precision": (True,), "scale_logits": (False,), "weight_tying": (False,), "tie_word_embeddings": (False,), "rope_scaling": (),
          "sliding_window": (), "qk_norm": (False,), "attention_bias": (False,), "mlp_bias": (False,), "partial_rotary_factor": (1, 1.0)}
-USED = {"d_model", "n_layers", "n_heads", "n_kv_heads", "multi_query_attention", "mlp_hidden_size", "mlp_ratio", "vocab_size", "embedding_size", "max_sequence_length",
-        "mask_token_id", "eos_token_id", "rope_theta", "rms_norm_eps", "include_qkv_bias"}
+USED = dict.fromkeys(["d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size", "embedding_size", "max_sequence_length", "mask_token_id", "eos_token_id"], (int,))
+USED |= {"rope_theta": (int, float), "rms_norm_eps": (int, float), "mlp_ratio": (int, float), "include_qkv_bias": (bool,), "multi_query_attention": (bool,)}
 # what is about training, initialization, speed, or Hugging Face's own affairs
 HARMLESS = {"alibi_bias_max", "architectures", "attention_dropout", "attention_layer_norm_with_affine", "auto_map", "embedding_dropout", "flash_attention", "init_cutoff_factor", "init_device",
             "init_fn", "init_std", "pad_token_id", "precision", "residual_dropout", "transformers_version", "use_cache", "torch_dtype", "dtype", "_name_or_path", "bos_token_id"}
@@ -54,22 +54,24 @@ def read_config(path):
     if not isinstance(c, dict):
         raise ValueError(f"{path} is no JSON object")
     for name, good in PLAIN.items():
-        wanted = name in ("model_type", "rope", "activation_type", "layer_norm_type", "block_type")  # absent, they mean something else
-        if (name in c or wanted) and c.get(name) is not None and c[name] not in good or wanted and c.get(name) is None:
+        needed = name in ("model_type", "rope", "activation_type", "layer_norm_type", "block_type")  # absent, they mean something else
+        if (needed if c.get(name) is None else c[name] not in good):
             raise ValueError(f"{path}: {name} is {c.get(name)!r}, and this network has only {' or '.join(map(repr, good)) or 'none'}")
-    notes = [f"{path}: {name} = {c[name]!r} is not known here, and was ignored" for name in sorted(c.keys() - PLAIN.keys() - USED - HARMLESS) if c[name]]
+    for name, kind in USED.items():
+        if c.get(name) is not None and type(c[name]) not in kind:
+            raise ValueError(f"{path}: {name} is {c[name]!r}, expected {' or '.join(k.__name__ for k in kind)}")
+    notes = [f"{path}: {name} = {c[name]!r} is not known here, and was ignored" for name in sorted(c.keys() - PLAIN.keys() - USED.keys() - HARMLESS) if c[name]]
     missing = [name for name in ("d_model", "n_layers", "n_heads", "vocab_size", "mask_token_id", "max_sequence_length") if c.get(name) is None]
     if missing:
         raise ValueError(f"{path} lacks {missing[0]}")
-    try:
-        heads = c.get("n_kv_heads") or (1 if c.get("multi_query_attention") else c["n_heads"])
-        config = Config(n_layer=c["n_layers"], n_head=c["n_heads"], n_kv_head=heads, n_embd=c["d_model"], n_ff=c.get("mlp_hidden_size") or int(c["mlp_ratio"] * c["d_model"]),
-                        vocab_size=c.get("embedding_size") or c["vocab_size"], n_vocab=c["vocab_size"], max_len=c["max_sequence_length"], mask_id=c["mask_token_id"], eos_id=c.get("eos_token_id"),
-                        rope_theta=float(c.get("rope_theta", 10000.0)), norm_eps=float(c.get("rms_norm_eps", 1e-5)), qkv_bias=bool(c.get("include_qkv_bias")))
-        fault = config.fault()
-    except (TypeError, ValueError, KeyError, OverflowError) as e:
-        fault = f"{type(e).__name__}: {e}"
-    if fault:
+    def value(name, default):
+        return default if c.get(name) is None else c[name]
+
+    config = Config(n_layer=c["n_layers"], n_head=c["n_heads"], n_kv_head=value("n_kv_heads", 1 if c.get("multi_query_attention") else c["n_heads"]), n_embd=c["d_model"],
+                    n_ff=value("mlp_hidden_size", int(min(value("mlp_ratio", 4), 1e6) * c["d_model"])), vocab_size=value("embedding_size", c["vocab_size"]), n_vocab=c["vocab_size"],
+                    max_len=c["max_sequence_length"], mask_id=c["mask_token_id"], eos_id=c.get("eos_token_id"), rope_theta=float(value("rope_theta", 10000.0)), norm_eps=float(value("rms_norm_eps", 1e-5)),
+                    qkv_bias=value("include_qkv_bias", False))
+    if fault := config.fault():
         raise ValueError(f"{path}: {fault}")
     return config, notes
 
@@ -162,6 +164,8 @@ def only_one(temp, out):
     import fcntl  # not on Windows
     def seen():
         return (os.stat(out).st_ino, os.stat(out).st_mtime_ns) if os.path.exists(out) else None
+    def ours(f):
+        return os.path.exists(temp) and os.path.samestat(os.fstat(f.fileno()), os.stat(temp))
     before = waited = None
     while True:
         try:
@@ -178,14 +182,14 @@ def only_one(temp, out):
             f.close()
             time.sleep(1)
             continue
-        if os.path.exists(temp) and os.path.samestat(os.fstat(f.fileno()), os.stat(temp)):  # else it was renamed or removed
+        if ours(f):  # else it was renamed or removed meanwhile
             break
         f.close()
     try:
         f.truncate(0)
         yield None if waited and seen() != before else f
     finally:
-        if os.path.exists(temp):
+        if ours(f):  # else it is at its place by now, and what stands here is somebody else's
             os.remove(temp)
         f.close()
 
@@ -201,7 +205,8 @@ def crc(tensor, old):
 
 
 def write(f, temp, data, files, names, bar):
-    """Lays the file out, and fills its tensors: data as save() of model.py has it, with empty weights."""
+    """Lays the file out, and fills its tensors: data as save() of model.py has it, with empty weights. f is the same file
+    as temp, and stays so: torch.save writes into what is there, so the lock holds."""
     with torch.serialization.skip_data():
         torch.save(data, temp)
     os.posix_fallocate(f.fileno(), 0, os.path.getsize(temp))  # a disk that is full says so here, and not in the middle
@@ -235,27 +240,39 @@ def write(f, temp, data, files, names, bar):
             raise ValueError(f"{temp} does not read back as it was written ({name}): the disk may be faulty")
 
 
-def convert(source, out, dtype=None):
-    """A folder -> the file out. Raises ValueError, and leaves what stands at out as it is, if anything is wrong."""
+def convert(source, out, dtype=None, name=None):
+    """A folder -> the file out. name: one of HUB, if the folder is to be that. Raises ValueError, and leaves what stands at
+    out as it is, if anything is wrong."""
+    out = os.path.abspath(out)
+    if os.path.exists(out):
+        if os.path.commonpath([os.path.realpath(out), os.path.realpath(source)]) == os.path.realpath(source) or not os.path.isfile(out):
+            raise ValueError(f"--out {out} is a folder, a device or a file of the source: give the name of another file")
+        load_file(out)  # anything else than a checkpoint is not written over
     config, notes = read_config(os.path.join(source, "config.json"))
-    tokenizer = from_folder(source)
-    extra = {"gen_length": 128, "block_length": 32}
-    if config.max_len < 256:
-        extra = {"gen_length": config.max_len // 2, "block_length": config.max_len // 2}
+    files = find_shards(source)
+    if config.n_layer > len(files):
+        raise ValueError(f"{source}: n_layers is {config.n_layer}, and there are {len(files)} tensors in all")
+    tokenizer, names = from_folder(source), their_names(config)
+    length = min(128, max(1, config.max_len // 2))
+    extra = {"gen_length": length, "block_length": 32 if length % 32 == 0 else length}
     if tokenizer:
         top = max(tokenizer.bytes)
         if top >= config.vocab_size:
             raise ValueError(f"{source}: the tokenizer has the id {top}, and the network {config.vocab_size} rows")
+        if "<|endoftext|>" in tokenizer.special and tokenizer.special.get("<|mdm_mask|>", config.mask_id) != config.mask_id:
+            raise ValueError(f"{source}: mask_token_id is {config.mask_id} in config.json, and <|mdm_mask|> is {tokenizer.special['<|mdm_mask|>']} in the tokenizer")
         config = dataclasses.replace(config, n_vocab=top + 1, eot_id=tokenizer.special.get("<|eot_id|>"))
-        if chat := {"<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= tokenizer.special.keys():
-            extra["chat"] = "llada"
+        headers = HEADERS.keys() & tokenizer.special.keys()
         if config.vocab_size == 126464:
-            notes += check_llada(tokenizer, chat, config)
+            notes += check_llada(tokenizer, config)
+        if len(headers) == len(HEADERS) and "<|startoftext|>" in tokenizer.special:
+            extra["chat"] = "llada"
         if fault := config.fault():
             raise ValueError(f"{source}: with the tokenizer's ids, {fault}")
     else:
         notes.append(f"{source} has no tokenizer: the checkpoint works on ids (sample.py --ids 1,2,3)")
-    files, names = find_shards(source), their_names(config)
+    if name in HUB and (tokenizer is None or name != "llada-base" and "chat" not in extra):
+        raise ValueError(f"{source} is not {HUB[name]}: it has no {'headers of a chat in its ' if tokenizer else ''}tokenizer")
     dtypes = look(files, names, config)
     dtype = dtype or dtypes["model.transformer.wte.weight"]
     if mixed := set(dtypes.values()) - {dtype}:
@@ -267,14 +284,14 @@ def convert(source, out, dtype=None):
     print(f"{len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} parameters, {str(dtype)[6:]}, {size / 1e9:.1f} GB -> {out}")
     for note in notes:
         print(f"note: {note}")
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    room(os.path.dirname(os.path.abspath(out)), size, out)
     data = {"format": "dkv-min 1", "config": dataclasses.asdict(config), "weights": weights, "tokenizer": tokenizer.state() if tokenizer else None, "extra": extra}
     temp = f"{out}.converting"
+    make_folder(out)
     with only_one(temp, out) as f:
         if f is None:
             print(f"{out} was written by the other process")
             return
+        room(out, size)
         try:
             with tqdm(total=2 * size, unit="B", unit_scale=True, unit_divisor=1000, desc="writing") as bar:
                 write(f, temp, data, files, names, bar)
@@ -285,39 +302,60 @@ def convert(source, out, dtype=None):
         os.replace(temp, out)
 
 
-def room(folder, size, what):
-    free = shutil.disk_usage(folder).free
+def make_folder(path):
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"cannot write {path}: {e.strerror}") from None
+
+
+def room(path, size, credit=0):
+    """Whether size more bytes fit where path is to be; credit: bytes there that will be used up or are counted already."""
+    folder = os.path.dirname(path)
+    free = shutil.disk_usage(folder).free + credit
     if free < size * 1.01:
-        raise ValueError(f"{what} needs {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free")
+        raise ValueError(f"{path} needs {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is known of the real LLaDA, from other people's copies of it: its files could not be fetched where this was written
 
-SPECIALS = {126080: "<|startoftext|>", 126081: "<|endoftext|>", 126082: "[CLS]", 126083: "[gMASK]", 126336: "<|mdm_mask|>", 126340: "<role>", 126341: "</role>",
-            126346: "<|start_header_id|>", 126347: "<|end_header_id|>", 126348: "<|eot_id|>"}
-HEADERS = (126346, 126347, 126348)
-SPELLED = {"Hello world": [14455, 1931], "\n\n\n": [198, 198, 198], "  leading spaces": [220, 6135, 11435],
+HEADERS = {"<|start_header_id|>": 126346, "<|end_header_id|>": 126347, "<|eot_id|>": 126348}
+
+
+def special_tokens(base=False):
+    """LLaDA's added tokens, {text: id}; the base model is said to lack the three headers."""
+    names = {126080: "<|startoftext|>", 126081: "<|endoftext|>", 126082: "[CLS]", 126083: "[gMASK]", 126336: "<|mdm_mask|>", 126340: "<role>", 126341: "</role>", 126342: "<|arithmetic_start|>",
+             126343: "<|arithmetic_end|>", 126344: "<|number_start|>", 126345: "<|number_end|>"}
+    names |= {126084 + i: f"<|reserved_token_{i}|>" for i in range(252)} | {126337 + i: f"<|reserved_token_{253 + i}|>" for i in range(3)}
+    return {text: i for i, text in sorted(names.items())} | ({} if base else HEADERS)
+
+
+SPELLED = {"Hello world": [14455, 1931], "\n\n\n": [198, 198, 198], "  leading spaces": [220, 6135, 11435], "x  \n  y": [87, 256, 198, 220, 340],
+           "numbers 12345 and 3.14159 and 1,000,000": [84857, 220, 16, 17, 18, 19, 20, 301, 220, 18, 13, 16, 19, 16, 20, 24, 301, 220, 16, 11, 15, 15, 15, 11, 15, 15, 15],
            "I'm you're they've he'll she'd it's WE'LL DON'T": [40, 3180, 362, 3273, 792, 3868, 464, 4164, 1285, 5800, 403, 698, 23437, 6, 2477, 64831, 33375]}
-CHAT = ("<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nWhat is paged attention?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        [126080, 126346, 3840, 126347, 198, 198, 2372, 341, 282, 4831, 6098, 30, 126348, 126346, 598, 10450, 126347, 198, 198])
+CHAT = {"<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nWhat is paged attention?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n":
+        [126080, 126346, 3840, 126347, 198, 198, 2372, 341, 282, 4831, 6098, 30, 126348, 126346, 598, 10450, 126347, 198, 198]}
 
 
-def check_llada(tokenizer, chat, config):
-    """-> sentences about what is otherwise than expected. An Instruct model whose special ids are wrong: ValueError."""
-    wrong = {i: s for i, s in SPECIALS.items() if tokenizer.special.get(s) != i and (chat or i not in HEADERS)}
+def check_llada(tokenizer, config):
+    """-> sentences about what is otherwise than expected. Special ids of an Instruct model that are wrong: ValueError. Base is
+    what has none of the three headers."""
+    base = not HEADERS.keys() & tokenizer.special.keys()
+    expected = special_tokens(base)
+    wrong = [text for text, i in expected.items() if tokenizer.special.get(text) != i]
+    notes = [f"{text} is {tokenizer.special.get(text)}, and {expected[text]} was expected" for text in wrong]
     if config.mask_id != 126336 or config.eos_id != 126081:
-        wrong[config.mask_id] = "mask or end of text in config.json"
-    if wrong and chat:
-        raise ValueError(f"this is not LLaDA-8B-Instruct's tokenizer: expected the id {min(wrong)} for {wrong[min(wrong)]}, and {len(wrong)} special ids differ in all")
-    notes = [f"the special id {i} {s} is not as expected" for i, s in wrong.items()]
-    spelled = SPELLED | (dict([CHAT]) if chat else {})
+        notes.append(f"config.json has the mask {config.mask_id} and the end of text {config.eos_id}, and 126336 and 126081 were expected")
+    if notes and not base:
+        raise ValueError(f"this is not LLaDA-8B-Instruct, although it has headers of a chat: {notes[0]}" + (f" (and {len(notes) - 1} more)" if len(notes) > 1 else ""))
+    spelled = SPELLED if base else SPELLED | CHAT
     other = [text for text, ids in spelled.items() if tokenizer.encode(text, special=True) != ids]
     n = len(tokenizer.ranks)
-    if n + len(tokenizer.unmerged) != 126080 or len(tokenizer.special) != (269 if chat else 266):
-        notes.append(f"the tokenizer has {n:,} tokens of text, {len(tokenizer.unmerged):,} that no merge makes and {len(tokenizer.special)} special ones; 126,080 in all and {269 if chat else 266} were expected")
+    if n + len(tokenizer.unmerged) != 126080 or len(tokenizer.special) != len(expected):
+        notes.append(f"the tokenizer has {n:,} tokens of text, {len(tokenizer.unmerged):,} that no merge makes and {len(tokenizer.special)} special ones; 126,080 in all and {len(expected)} were expected")
     notes += [f"{text[:30]!r} begins with the ids {tokenizer.encode(text, special=True)[:4]}, and {spelled[text][:4]} was expected" for text in other]
-    print(f"tokenizer: {n:,} tokens spell themselves, {len(SPECIALS) - len(wrong) - (0 if chat else 3)} of {len(SPECIALS) - (0 if chat else 3)} special ids and {len(spelled) - len(other)} of {len(spelled)} texts are as expected; "
-          f"{'Instruct (it has the headers of a chat)' if chat else 'Base (it lacks the headers of a chat)'}")
+    print(f"tokenizer: {n:,} tokens spell themselves, {len(expected) - len(wrong)} of {len(expected)} special ids and {len(spelled) - len(other)} of {len(spelled)} texts are as expected; "
+          f"{'Base (it lacks the headers of a chat)' if base else 'Instruct (it has the headers of a chat)'}")
     return notes
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,9 +370,9 @@ def cached(repo):
     try:
         folder = snapshot_download(repo, allow_patterns=WANTED, local_files_only=True)
         find_shards(folder)
-        return folder
     except Exception:  # whatever is missing, fetching will say it
         return None
+    return folder if all(os.path.exists(os.path.join(folder, f)) for f in ("config.json", "tokenizer.json")) else None
 
 
 def fetch(repo, out, ask=None):
@@ -344,24 +382,26 @@ def fetch(repo, out, ask=None):
         from huggingface_hub import constants, snapshot_download
     except ImportError as e:
         raise ValueError(f"fetching {repo} needs the package {e.name}: {INSTALL}") from None
-    folder = cached(repo)
-    size = sum(os.path.getsize(path) for path in set(find_shards(folder).values())) if folder else 16.1e9
-    here = os.path.dirname(os.path.abspath(out))
-    os.makedirs(here, exist_ok=True)
-    os.makedirs(constants.HF_HUB_CACHE, exist_ok=True)
-    free = shutil.disk_usage(here).free
-    plan = f"{repo} was fetched before ({folder})" if folder else f"{repo} will be fetched: 16 GB from huggingface.co to {constants.HF_HUB_CACHE} ({shutil.disk_usage(constants.HF_HUB_CACHE).free / 1e9:.0f} GB free)"
-    print(f"{plan}, and converted: {size / 1e9:.2g} GB to {out} ({free / 1e9:.0f} GB free)", file=sys.stderr)
-    same = os.stat(here).st_dev == os.stat(constants.HF_HUB_CACHE).st_dev
-    room(here, size if folder or not same else 2 * size, out)
+    folder, out, store = cached(repo), os.path.abspath(out), constants.HF_HUB_CACHE
+    if not folder and constants.HF_HUB_OFFLINE:
+        raise ValueError(f"HF_HUB_OFFLINE is set, and {repo} was not fetched before: unset it, or give a folder that has the files")
+    make_folder(out)
+    make_folder(os.path.join(store, "x"))
+    size = sum(os.path.getsize(path) for path in set(find_shards(folder).values())) if folder else 16.1e9 if repo in HUB.values() else 0
+    amount, free = f"{size / 1e9:.2g} GB" if size else "all of it", {path: shutil.disk_usage(path).free / 1e9 for path in (store, os.path.dirname(out))}
+    plan = f"was fetched before ({folder})" if folder else f"will be fetched: {amount} from huggingface.co to {store} ({free[store]:.0f} GB free)"
+    print(f"{repo} {plan}, and converted: {amount} to {out} ({free[os.path.dirname(out)]:.0f} GB free)", file=sys.stderr)
+    left = os.path.getsize(f"{out}.converting") if os.path.exists(f"{out}.converting") else 0
+    blobs = os.path.join(store, f"models--{repo.replace('/', '--')}", "blobs")
+    here = sum(os.path.getsize(os.path.join(blobs, f)) for f in os.listdir(blobs)) if os.path.isdir(blobs) else 0
+    same = os.stat(os.path.dirname(out)).st_dev == os.stat(store).st_dev
+    room(out, size if folder or not same else 2 * size, left if folder or not same else left + here)
     if not folder and not same:
-        room(constants.HF_HUB_CACHE, size, repo)
+        room(os.path.join(store, "x"), size, here)
     if ask and not ask("go on?"):
         raise ValueError("nothing was fetched or written")
     if folder:
         return folder
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError(f"HF_HUB_OFFLINE is set, and {repo} was not fetched before: unset it, or give a folder that has the files")
     try:
         return snapshot_download(repo, allow_patterns=WANTED)
     except Exception as e:
@@ -386,17 +426,16 @@ def main(argv=None):
     p.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: as stored")
     args = p.parse_args(argv)
     source, name = args.source, os.path.basename(os.path.normpath(args.source))
-    hub = HUB.get(source, source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith(".") else None)
-    if os.path.isdir(source):
-        hub = None
-    elif hub is None:
+    looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not os.path.isdir(source.split("/")[0])
+    hub = None if os.path.isdir(source) else HUB.get(source, source if looks_like_hub else None)
+    if hub is None and not os.path.isdir(source):
         raise ValueError(f"there is no folder {source}: give one, or {', '.join(HUB)}, or the id of a repository on huggingface.co")
-    out = args.out or os.path.join(ROOT, "checkpoints", f"{name}.pt")
-    if os.path.isdir(out):
-        raise ValueError(f"--out {out} is a folder: give the name of a file")
+    out = os.path.join(ROOT, "checkpoints", f"{name}.pt") if args.out is None else args.out
+    if not os.path.basename(out):
+        raise ValueError(f"--out {out!r} is not the name of a file")
     folder = fetch(hub, out) if hub else source
-    convert(folder, out, getattr(torch, args.dtype) if args.dtype else None)
-    print(f"{out}: python sample.py --ckpt {source if source in HUB and not args.out else out}")
+    convert(folder, out, getattr(torch, args.dtype) if args.dtype else None, source if hub else None)
+    print(f"{out}: python sample.py --ckpt {source if source in HUB and args.out is None else out}")
     return 0
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from model import LLADA_8B, DiffusionLM, first_line  # noqa: E402
-from scripts.convert import their_names  # noqa: E402
+from scripts.convert import special_tokens, their_names  # noqa: E402
 from scripts.hf_tokenizer import LETTERS, merge  # noqa: E402
 
 # which of the real six files holds what: (kind, up to which of 32 blocks, file)
@@ -50,14 +50,6 @@ def write_shard(path, shapes, g, bar):
                 f.write(part.view(torch.uint8).numpy().data)
                 bar.update(part.nbytes)
     os.replace(path + ".tmp", path)
-
-
-def special_tokens(base):
-    """LLaDA's added tokens; the base model is said to lack the three headers. -> {text: id}"""
-    tokens = {126080: "<|startoftext|>", 126081: "<|endoftext|>", 126082: "[CLS]", 126083: "[gMASK]", 126336: "<|mdm_mask|>", 126340: "<role>", 126341: "</role>", 126342: "<|arithmetic_start|>",
-              126343: "<|arithmetic_end|>", 126344: "<|number_start|>", 126345: "<|number_end|>", 126346: "<|start_header_id|>", 126347: "<|end_header_id|>", 126348: "<|eot_id|>"}
-    tokens |= {126084 + i: f"<|reserved_token_{i}|>" for i in range(252)} | {126337 + i: f"<|reserved_token_{252 + i + 1}|>" for i in range(3)}
-    return {text: i for i, text in sorted(tokens.items()) if not (base and i >= 126346)}
 
 
 def stand_in_tokenizer(n, base):
@@ -100,8 +92,10 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--full", action="store_true", help="LLaDA-8B's size: 16 GB")
     args = p.parse_args(argv)
-    if os.path.exists(os.path.join(args.dir, "config.json")):
-        raise ValueError(f"{args.dir} has a config.json already: give a new folder")
+    if os.path.exists(args.dir) and (not os.path.isdir(args.dir) or os.listdir(args.dir)):
+        raise ValueError(f"{args.dir} is there already: give a new or an empty folder")
+    if not (1 <= args.layers <= 1000 and 0 <= args.seed < 2**63):
+        raise ValueError(f"--layers is {args.layers} and --seed {args.seed}: the one has to be 1 to 1000, the other 0 to 2**63 - 1")
     c = LLADA_8B
     if not args.full:
         c = type(c)(**vars(c) | dict(n_layer=args.layers, n_head=args.heads, n_kv_head=args.heads if args.kv_heads is None else args.kv_heads, n_embd=args.width,

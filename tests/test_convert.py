@@ -20,7 +20,7 @@ from dkv_min import generate
 from model import LLADA_8B, load
 from sample import main as sample_main
 from scripts.fake_llada import main as fake
-from scripts.fake_llada import shard_of, special_tokens
+from scripts.fake_llada import shard_of
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the converter's tests need the packages of requirements-llada.txt")
 
@@ -104,7 +104,7 @@ def test_from_the_stand_in_to_an_answer(llada_dir, tmp_path, capsys):
     out = tmp_path / "out.pt"
     assert c.main([str(llada_dir), "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "10 of 10 special ids" in said and "0 of 5 texts" in said and "Instruct" in said and "'Hello world'" in said
+    assert "269 of 269 special ids" in said and "0 of 7 texts" in said and "Instruct" in said and "'Hello world'" in said
     model, tokenizer = load(out)
     config = model.config
     assert (config.vocab_size, config.n_vocab, config.mask_id, config.eos_id, config.eot_id) == (126464, 126349, 126336, 126081, 126348)
@@ -127,7 +127,7 @@ def test_the_real_names_and_shards():
     held = [sum(shard_of(n, 32).startswith(f"model-0000{k}") for n in names) for k in range(1, 7)]
     assert held == [34, 20, 127, 60, 29, 21]
     assert (names["model.transformer.ff_out.weight"], names["model.transformer.blocks.7.ff_out.weight"]) == ("head.weight", "blocks.7.mlp.down.weight")
-    assert len(special_tokens(base=False)) == 269 and len(special_tokens(base=True)) == 266
+    assert len(c.special_tokens(base=False)) == 269 and len(c.special_tokens(base=True)) == 266
 
 
 def test_grouped_queries_bias_and_dtype(small, tmp_path):
@@ -152,15 +152,89 @@ def test_wrong_special_ids_stop_an_instruct_model(llada_dir, tmp_path):
     shutil.copytree(llada_dir, tmp_path / "odd")
     path = tmp_path / "odd" / "tokenizer.json"
     path.write_text(path.read_text().replace("126340", "1263400").replace("126341", "126340").replace("1263400", "126341"))
-    with pytest.raises(ValueError, match="126340 for <role>, and 2"):
+    with pytest.raises(ValueError, match="<role> is 126341, and 126340 was expected .and 1 more"):
+        c.convert(str(tmp_path / "odd"), tmp_path / "out.pt")
+    path.write_text((llada_dir / "tokenizer.json").read_text().replace("<|eot_id|>", "<|eot|>"))  # two headers of three
+    with pytest.raises(ValueError, match="<.eot_id.> is None"):
+        c.convert(str(tmp_path / "odd"), tmp_path / "out.pt")
+    shutil.copy(llada_dir / "tokenizer.json", path)
+    edit(tmp_path / "odd" / "config.json", eos_token_id=126082)
+    with pytest.raises(ValueError, match="the end of text 126082"):
         c.convert(str(tmp_path / "odd"), tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_a_tokenizer_as_llada_s_is_known_to_be(base, capsys):
+    """What was written down of the real one, by somebody who knows it by heart."""
+    class Parrot:
+        ranks, unmerged, special = dict.fromkeys(range(126080)), {}, c.special_tokens(base)
+        known = c.SPELLED | c.CHAT
+
+        def encode(self, text, special):
+            return self.known[text]
+
+    parrot = Parrot()
+    assert c.check_llada(parrot, LLADA_8B) == []
+    assert ("Base" if base else "7 of 7") in capsys.readouterr().out
+    assert c.SPELLED["Hello world"] == [14455, 1931] and sum(map(sum, c.SPELLED.values())) == 270789 and sum(sum(c.CHAT.values(), [])) == 787448
+    parrot.known = parrot.known | {"Hello world": [1, 2]}
+    assert c.check_llada(parrot, LLADA_8B) == ["'Hello world' begins with the ids [1, 2], and [14455, 1931] was expected"]
+
+
+def test_what_is_fetched_by_name_has_to_be_that(small, tmp_path):
+    with pytest.raises(ValueError, match="GSAI-ML/LLaDA-1.5"):
+        edit_tokens(small, "<|eot_id|>", "<|other|>")
+        c.convert(str(small), tmp_path / "out.pt", name="llada-1.5")
+    (small / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="GSAI-ML/LLaDA-8B-Base: it has no tokenizer"):
+        c.convert(str(small), tmp_path / "out.pt", name="llada-base")
+
+
+def edit_tokens(folder, old, new):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_tokenizer_and_network_that_do_not_fit(small, tmp_path):
+    edit(small / "config.json", mask_token_id=395)
+    with pytest.raises(ValueError, match="mask_token_id is 395"):
+        c.convert(str(small), tmp_path / "out.pt")
+    for file in small.glob("*.safetensors"):
+        safetensors.save_file({n: t[:392].clone() if len(t) == 400 else t for n, t in safetensors.load_file(file).items()}, file)
+    edit(small / "config.json", vocab_size=392, embedding_size=392, mask_token_id=380)
+    with pytest.raises(ValueError, match="392 rows"):
+        c.convert(str(small), tmp_path / "out.pt")
+
+
+def test_what_stands_there_is_not_written_over(small, tmp_path):
+    shard, other = sorted(small.glob("*.safetensors"))[0], tmp_path / "other"
+    before = shard.read_bytes()
+    with pytest.raises(ValueError, match="file of the source"):
+        c.main([str(small), "--out", str(shard)])
+    other.write_text("precious")
+    with pytest.raises(ValueError, match="no checkpoint"):
+        c.main([str(small), "--out", str(other)])
+    assert shard.read_bytes() == before and other.read_text() == "precious"
+
+
+def test_too_little_room(small, tmp_path, monkeypatch):
+    """What a killed run has left does not count as used."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10000 if (tmp_path / "out.pt.converting").stat().st_size else 10**9))
+    (tmp_path / "out.pt.converting").write_bytes(b"x" * 1000)
+    c.convert(str(small), tmp_path / "out.pt")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10000))
+    (tmp_path / "out.pt").unlink()
+    with pytest.raises(ValueError, match="0.0 GB free"):
+        c.convert(str(small), tmp_path / "out.pt")
+    assert not list(tmp_path.glob("out*"))
 
 
 CONFIGS = {"alibi": True, "attention_layer_norm": True, "bias_for_layer_norm": True, "block_group_size": 2, "block_type": "sequential", "clip_qkv": 8.0, "include_bias": True, "input_emb_norm": True,
            "layer_norm_type": "default", "layer_norm_with_affine": False, "rope": False, "rope_full_precision": False, "scale_logits": True, "weight_tying": True, "activation_type": "gelu",
            "model_type": "Dream", "rope_scaling": {"type": "linear"}, "sliding_window": 512, "n_layers": "3", "n_heads": 5, "n_kv_heads": 3, "mask_token_id": 400, "d_model": "absent",
-           "mask_token_id ": None, "vocab_size": 2**40, "rms_norm_eps": "small", "rope_theta": float("inf"), "mlp_hidden_size": -1}
+           "mask_token_id ": None, "rope_theta ": True, "rms_norm_eps ": {}, "n_kv_heads ": False, "multi_query_attention": "x", "mlp_hidden_size ": 0, "n_layers ": 10**6,  "vocab_size": 2**40, "rms_norm_eps": "small", "rope_theta": float("inf"), "mlp_hidden_size": -1}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -169,8 +243,8 @@ def test_configs_that_our_network_is_not(name, small, tmp_path):
     with pytest.raises(ValueError) as e:
         c.convert(str(small), tmp_path / "out.pt")
     text = str(e.value)
-    ours = {"n_layers": "n_layer", "n_heads": "heads", "n_kv_heads": "n_kv_head", "mask_token_id": "mask", "rms_norm_eps": "float", "rope_theta": "rope_theta", "mlp_hidden_size": "n_ff", "vocab_size": "n_vocab"}
-    assert ours.get(name.strip(), name.strip()) in text and "config.json" in text and "\n" not in text
+    ours = {"n_heads": "heads", "n_kv_heads": "n_kv_head", "mask_token_id": "mask", "rope_theta": "rope_theta", "mlp_hidden_size": "n_ff", "vocab_size": "n_vocab"}
+    assert ours.get(name.strip(), name.strip()) in text and ("config.json" in text or name == "n_layers ") and "\n" not in text
     assert not (tmp_path / "out.pt").exists()
 
 
@@ -234,11 +308,12 @@ def damage(folder, how):
 def test_damaged_folders(how, small, tmp_path):
     """One sentence that names the file or the tensor; what stood at --out before stands there still."""
     words, out = damage(small, how), tmp_path / "out.pt"
-    out.write_text("before")
+    torch.save({"before": 1}, out)
+    before = out.read_bytes()
     with pytest.raises(ValueError) as e:
         c.main([str(small), "--out", str(out)])
     assert words in str(e.value) and "\n" not in str(e.value), str(e.value)
-    assert out.read_text() == "before" and not list(tmp_path.glob("*.converting"))
+    assert out.read_bytes() == before and not list(tmp_path.glob("*.converting"))
 
 
 @pytest.mark.parametrize("args, words", [(["no/such/folder"], "no/such/folder"), ([], "required"), (["."], "config.json"), (["x", "--dtype", "int8"], "int8"), (["x", "--out", "."], "no folder x")])
@@ -249,16 +324,16 @@ def test_user_errors(args, words, capsys):
 
 
 def test_out_that_cannot_be_written(small, tmp_path):
-    for out, words in ((tmp_path, "folder"), (pathlib.Path("/proc/out.pt"), "/proc/out.pt")):
-        with pytest.raises((ValueError, OSError)) as e:
-            c.main([str(small), "--out", str(out)])
-        assert words in str(e.value)
+    (tmp_path / "file").write_text("")
+    for out, words in ((tmp_path, "folder"), ("/proc/out.pt", "/proc/out.pt"), ("/proc/foo/out.pt", "/proc/foo/out.pt"), (tmp_path / "file" / "x.pt", "x.pt"), ("", "--out"), ("/dev/null", "device")):
+        p = run(ROOT / "scripts" / "convert.py", small, "--out", out, code=2)
+        assert words in p.stderr and p.stderr.count("\n") == 1, p.stderr
 
 
 def test_a_full_disk(small, tmp_path):
     """As a limit on the size of files: one sentence, and nothing is left behind."""
     p = run(ROOT / "scripts" / "convert.py", small, "--out", tmp_path / "out.pt", code=2, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000)))
-    assert p.stderr.strip().splitlines()[-1].startswith("convert.py: cannot write") and not list(tmp_path.glob("out*"))
+    assert p.stderr.strip().splitlines()[-1].startswith(f"convert.py: cannot write {tmp_path / 'out.pt'}") and not list(tmp_path.glob("out*"))
 
 
 def test_leftovers_of_a_killed_run_and_two_at_once(small, tmp_path):
@@ -379,7 +454,7 @@ print(sum(p.nbytes for p in model.parameters()) / 2**20, a, peak[0] - begin)
     assert size > 90 and converting < 40 and loading < 20, (size, converting, loading)
 
 
-@pytest.mark.parametrize("args, words", [(["x", "--layers", "0"], "n_layer"), (["x", "--heads", "5"], "heads"), (["x", "--vocab", "10"], "--vocab"), ([], "DIR"), (["/proc/x"], "/proc/x")])
+@pytest.mark.parametrize("args, words", [(["x", "--layers", "0"], "--layers"), (["x", "--layers", "100000000"], "--layers"), (["x", "--seed", "10" * 20], "--seed"), (["x", "--heads", "5"], "heads"), (["x", "--vocab", "10"], "--vocab"), ([], "DIR"), (["/proc/x"], "/proc/x")])
 def test_fake_llada_s_user_errors(args, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as e:
@@ -389,6 +464,6 @@ def test_fake_llada_s_user_errors(args, words, tmp_path, monkeypatch):
 
 def test_fake_llada_overwrites_nothing(small):
     before = {f.name: f.read_bytes() for f in small.iterdir()}
-    with pytest.raises(ValueError, match="config.json already"):
+    with pytest.raises(ValueError, match="there already"):
         fake([str(small)])
     assert {f.name: f.read_bytes() for f in small.iterdir()} == before
