@@ -11,23 +11,29 @@ import pytest
 import torch
 
 from dkv_min import cache_cost, generate
-from model import DiffusionLM, gather_rows
-from scripts.convert import read_config, their_names
+from model import DiffusionLM, gather_rows, load
+from scripts.convert import convert, read_config, their_names
 
 DATA = dict(np.load(pathlib.Path(__file__).parent / "golden.npz"))
 DOC = json.loads(DATA["cases"].tobytes())
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.fixture(scope="module", params=["float32", "float64", "converted"])
 def llada(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp("golden") / "config.json"
-    path.write_bytes(DATA["config"].tobytes())
-    config, notes = read_config(path)
+    """The authors' weights under our names; "converted": by way of scripts/convert.py's files, if its packages are there."""
+    folder = tmp_path_factory.mktemp("golden")
+    (folder / "config.json").write_bytes(DATA["config"].tobytes())
+    weights = {k[7:]: torch.from_numpy(v) for k, v in DATA.items() if k.startswith("weight.")}
+    if request.param == "converted":
+        pytest.importorskip("safetensors.torch", reason="the way through files needs safetensors").save_file(weights, folder / "model.safetensors")
+        convert(str(folder), folder / "out.pt")
+        return load(folder / "out.pt")[0]
+    config, notes = read_config(folder / "config.json")
     assert notes == []
     names = their_names(config)
     model = DiffusionLM(config)
-    model.load_state_dict({names[k[7:]]: torch.from_numpy(v) for k, v in DATA.items() if k.startswith("weight.")})
-    return model.to(request.param).eval().requires_grad_(False)
+    model.load_state_dict({names[k]: w for k, w in weights.items()})
+    return model.to(getattr(torch, request.param)).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("case", DOC["forwards"], ids=lambda c: c["logits"])
