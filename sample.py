@@ -1,7 +1,7 @@
 """Sample from a masked diffusion model, with and without a delayed KV cache.
 
 python sample.py                                          held-out questions, every cache, and a table
-python sample.py --prompt "Anna has 7 boxes of 8 pens. Monday she loses 9. Tuesday she finds 3 more. How many pens are left?"
+python sample.py --prompt "Anna has 7 boxes of 8 pens. Monday she loses 9. Tuesday she finds 3 more. Wednesday she lends 6. How many pens are left?"
 python sample.py --watch                                  see which positions each step runs
 python sample.py --prompts questions.txt --out answers.jsonl    goes on where it was interrupted
 python sample.py --ckpt llada --cache decode              LLaDA-8B; fetches and converts it first (16 GB), if you say so
