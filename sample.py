@@ -233,10 +233,8 @@ def table(runs, answers, seconds, questions, right):
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(line, widths))) for line in lines)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
-
 
 def draws(args, index):
     """What is random belongs to the prompt, by seed and index: answers do not depend on the batch."""

@@ -94,6 +94,8 @@ def total(pattern):
     for sign in (r"\^", r"\$", r"\{[\d,]*\}\+", r"\(\?[msxPR(]", r"\(\?<(?![=!])"):
         if found := regex.search(sign, bare):
             refuse(f"the sign {found[0]} in the pattern", pattern)
+    if odd := set(regex.findall(r"\\(.)", pattern)) & set("hHRXKGyYO"):
+        refuse(f"the escape \\{min(odd)} in the pattern", pattern)
     if regex.search(r"\[\^?(?:\\.|[^]\\])*(\[|--|&&|~~)", pattern):
         refuse("a set within a set in the pattern", pattern)
     try:

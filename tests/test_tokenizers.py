@@ -110,7 +110,8 @@ REFUSED = {
     "(?m:": (changed(pre_tokenizer__pretokenizers__0__pattern={"Regex": r"(?m:.+)|[\s\S]"}), "(?m"),
     "sets in sets": (changed(pre_tokenizer__pretokenizers__0__pattern={"Regex": r"[a-z--[aeiou]]|[\s\S]"}), "set"),
     "an empty match": (changed(pre_tokenizer__pretokenizers__0__pattern={"Regex": r"(?=\p{N})|\p{L}+|[\s\S]"}), "nothing at all"),
-    "a pattern that tiktoken does not know": (changed(pre_tokenizer__pretokenizers__0__pattern={"Regex": r"\X"}), "pattern"),
+    "a pattern that tiktoken does not know": (changed(pre_tokenizer__pretokenizers__0__pattern={"Regex": r"\p{Nonsense}"}), "the pattern ("),
+    "an escape of Oniguruma's": (changed(pre_tokenizer__pretokenizers__0__pattern={"Regex": r"\h+|[\s\S]"}), r"escape \h"),
     "vocab is a list": (changed(model__vocab=[]), "vocab"),
 }
 
