@@ -104,6 +104,8 @@ def load_checkpoint(name, device, dtype, yes=False):
     if dtype == "auto":
         small = sum(p.numel() for p in model.parameters()) < 1e9
         dtype = "float32" if small else None
+        if not small and device == "cpu":
+            print("note: a model of this size on a CPU takes seconds a step; --device cuda says so where torch finds no GPU", file=sys.stderr)
     return model.to(device=device, dtype=getattr(torch, dtype) if dtype else None), tokenizer
 
 
@@ -428,7 +430,7 @@ def main(argv=None):
             print(f"  {name(how):34}  {mark}{printable(said[i]) if tokenizer else answered[i][0]}")
         print()
     lengths, plural = sorted(len(ids) for _, ids, _ in questions), lambda n, word: f"{n} {word}{'s' * (n != 1)}"
-    print(f"{model.wte.weight.device.type}, {plural(torch.get_num_threads(), 'thread')}, {str(model.wte.weight.dtype)[6:]}, {plural(len(questions), 'prompt')} of {lengths[0]} to {lengths[-1]} tokens in batches of "
+    print(f"{model.wte.weight.device.type}, {plural(torch.get_num_threads(), 'thread')}, {str(model.wte.weight.dtype)[6:]}, {plural(len(questions), 'prompt')} of {' to '.join(map(str, sorted({lengths[0], lengths[-1]})))} tokens in batches of "
           f"{min(args.batch_size, len(questions))}, {gen_length} tokens each (EOS padding included), blocks of {block_length}" + (f", medians of {repeats}" if repeats > 1 else ""))
     print(table(runs, answers, seconds if args.watch is None else None, questions, [sum(is_right(t, q[2]) for t, q in zip(said, questions)) for said in texts] if graded else None))
     return 0

@@ -209,7 +209,8 @@ def write(f, temp, data, files, names, bar):
     as temp, and stays so: torch.save writes into what is there, so the lock holds."""
     with torch.serialization.skip_data():
         torch.save(data, temp)
-    os.posix_fallocate(f.fileno(), 0, os.path.getsize(temp))  # a disk that is full says so here, and not in the middle
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        os.posix_fallocate(f.fileno(), 0, os.path.getsize(temp))  # a disk that is full says so here, and not in the middle
     torch.serialization.set_default_mmap_options(mmap.MAP_SHARED)  # what is written to a tensor goes to the file
     try:
         weights = load_file(temp)["weights"]
@@ -228,7 +229,8 @@ def write(f, temp, data, files, names, bar):
                 sums[names[theirs]] = total
     del weights, target
     os.fsync(f.fileno())
-    os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is read back comes from the disk
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is read back comes from the disk
     weights = load_file(temp)["weights"]
     bar.set_description("reading back")
     for name, w in weights.items():
@@ -412,7 +414,7 @@ def ask_user(yes):
     """-> ask for fetch(): nothing is asked with --yes; without a terminal somebody has to have said so."""
     def ask(question):
         if not sys.stdin or not sys.stdin.isatty():
-            raise ValueError("this is much to fetch or write without being asked: say --yes")
+            raise ValueError("this fetches or writes much, and there is nobody to ask: add --yes")
         print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
     return None if yes else ask

@@ -85,3 +85,46 @@ def test_a_run_on_two_problems_and_going_on(tmp_path):
 def test_user_errors(flags, words):
     p = tradeoff_py(*flags, code=2)
     assert words in p.stderr and p.stderr.count("\n") == 1 and p.stdout == "", p.stderr
+
+
+def bench(*flags, code=0):
+    p = subprocess.run([sys.executable, str(ROOT / "scripts" / "bench.py"), *map(str, flags)], capture_output=True, text=True, timeout=200)
+    assert p.returncode == code and "Traceback" not in p.stderr, p.stderr
+    return p
+
+
+def test_bench(tmp_path):
+    """Positions are those of the closed form; the arithmetic's gain is checked by hand for one layer more than none."""
+    out = tmp_path / "o.json"
+    p = bench("--preset", "tiny", "--prompt-len", 8, "--gen-length", 16, "--block-length", 16, "--repeats", 1, "--batch", 2, "--json", out)
+    found = json.loads(out.read_text())
+    assert json.loads(p.stdout.splitlines()[-1]) == found
+    rows = {r["run"]: r for r in found["runs"]}
+    assert list(rows) == ["none", "none, half the steps", "decode 4", "decode 8", "decode never", "greedy 2", "greedy 4", "greedy 8"]
+    for name, r in rows.items():
+        cache, refresh = name.split()[0].strip(","), {"4": 4, "8": 8, "2": 2}.get(name.split()[-1])
+        steps = 8 if "half" in name else 16
+        assert r["positions"] == cache_cost(8, 16, steps, 16, cache, refresh or 16) and r["seconds"] > 0 and 0 < r["outside"] < 1 and r["forwards"] == steps
+    assert rows["none"]["predicted"] == rows["none"]["gain"] == 1 and 1 < rows["greedy 8"]["predicted"] < rows["none"]["positions"] / rows["greedy 8"]["positions"] + 0.5
+
+
+def test_the_arithmetic():
+    """Multiplications of a forward, against those that torch counts in the matrix products and the attention."""
+    sys.path.insert(0, str(ROOT))
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from scripts.bench import work
+    model = random_model(dtype=torch.float32, n_kv_head=2, n_layer=3)
+    with FlopCounterMode(display=False) as counter:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            model(torch.ones(2, 10, dtype=torch.int64), rows=torch.arange(4).expand(2, 4))
+    assert counter.get_total_flops() == 2 * work(model.config, 2, 10, 4, 10)
+
+
+@pytest.mark.parametrize("flags, words", [(["--batch", 0], "--batch"), (["--gen-length", 5000], "4096 positions"), (["--steps", 7, "--block-length", 128], "multiple"), (["--preset", "x"], "preset"),
+                                          (["--ckpt", "no.pt"], "no.pt"), (["--device", "cuda"], "CUDA")])
+def test_bench_s_user_errors(flags, words):
+    if flags[0] == "--device" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    p = bench(*flags, code=2)
+    assert words in p.stderr and p.stderr.count("\n") == 1
