@@ -233,8 +233,7 @@ def test_chat_in_a_terminal(wordy):
 
     until(b"> ")
     p.send_signal(signal.SIGINT)
-    until(b"/quit ends")
-    until(b"> ")
+    until(b"/quit ends\r\n\r\n> ")
     os.write(master, b"hello\n")
     until(b"step 3/8")
     p.send_signal(signal.SIGINT)
