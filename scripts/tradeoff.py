@@ -51,15 +51,14 @@ def start_worker(ckpt, device):
     model, tokenizer = load_checkpoint(ckpt, device, "auto")
 
 
-def answer(task):
-    """One run on some problems -> dict of lists and counts, `full` being what all steps without a cache would run."""
-    run, first, n = task
-    how, _ = runs()[run]
+def answer(how, run, first, n):
+    """Run number `run`, which has the settings `how`, on some problems -> dict of lists and counts, `full` being what all
+    steps without a cache would run."""
     extra, pairs = model.extra, model.extra["problems"][first:first + n]
     G = extra["gen_length"]
     prompts = [tokenizer.encode(extra["template"].replace("{}", question)) for question, _ in pairs]
     rngs = [torch.Generator().manual_seed(first + j) for j in range(len(pairs))]  # the same random orders for every run
-    r = generate(model, prompts, gen_length=G, block_length=extra["block_length"], generator=rngs, **how | dict(steps=int(G * how.get("steps", 1))))
+    r = generate(model, prompts, gen_length=G, block_length=extra["block_length"], generator=rngs, **how | dict(steps=round(G * how.get("steps", 1))))
     ids = [tokens[-G:] for tokens in r.tokens]
     right = [is_right(tokenizer.decode(cut(row, model.config)), worked) for row, (_, worked) in zip(ids, pairs)]
     return dict(run=run, first=first, right=right, ids=ids, ran=sum(r.positions_run), full=round(sum(r.positions_full) / how.get("steps", 1)))
@@ -76,7 +75,39 @@ def read_log(path, head):
             return {(part["run"], part["first"]): part for part in parts}
     except (OSError, ValueError, TypeError, KeyError):  # no log of ours
         pass
-    raise ValueError(f"--log {path} is no log of this checkpoint and these settings: give another name, or delete it")
+    raise ValueError(f"{path} is no log of this checkpoint and these settings: give another name, or delete it")
+
+
+def weigh(model):
+    """A number that tells checkpoints apart."""
+    return float(sum(w.double().abs().sum() for w in model.parameters()))
+
+
+def collect(runs, n, batch_size, ckpt, device, workers, path, head):
+    """Answers n problems with every run, in processes -> {(number of the run, first problem): what answer() returns}. With
+    a path every answer is logged there at once, below the head, and an earlier call's log is gone on with."""
+    workers = workers or (1 if device == "cuda" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    tasks = [(how, run, first, min(batch_size, n - first)) for first in range(0, n, batch_size) for run, how in enumerate(runs)]
+    head = dict(n=n, batch_size=batch_size, device=device) | head
+    parts = read_log(path, head)
+    left = [task for task in tasks if task[1:3] not in parts]
+    if path:
+        try:
+            with open(f"{path}.tmp", "w", encoding="utf-8") as f:  # without the line that a killed run may have left half written
+                print(*map(json.dumps, [head, *parts.values()]), sep="\n", file=f)
+            os.replace(f"{path}.tmp", path)
+        except OSError as e:
+            raise ValueError(f"cannot write {path}: {e.strerror}") from None
+    try:
+        with open(path or os.devnull, "a", encoding="utf-8") as log, ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (ckpt, device)) as pool:
+            done = as_completed([pool.submit(answer, *task) for task in left])
+            for future in tqdm(done, total=len(left), unit="batch", mininterval=0.5 if sys.stderr.isatty() else 60):
+                part = future.result()
+                parts[part["run"], part["first"]] = part
+                print(json.dumps(part), file=log, flush=True)
+    except BrokenProcessPool:
+        raise ValueError("a worker process was killed, perhaps for its memory: try --workers 1; with a log a second call goes on where this one stopped") from None
+    return parts
 
 
 def wilson(k, n, z=1.96):
@@ -110,27 +141,7 @@ def main():
     if "problems" not in m.extra:
         raise ValueError(f"{args.ckpt} brings no problems with known answers")
     n, dtype, found = min(args.n, len(m.extra["problems"])), str(m.wte.weight.dtype)[6:], runs()
-    workers = args.workers or (1 if device == "cuda" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    tasks = [(run, first, min(args.batch_size, n - first)) for first in range(0, n, args.batch_size) for run in range(len(found))]
-    head = dict(n=n, batch_size=args.batch_size, device=device, runs=repr(found), weights=float(sum(w.double().abs().sum() for w in m.parameters())))
-    parts = read_log(args.log, head)
-    left = [task for task in tasks if task[:2] not in parts]
-    if args.log:
-        try:
-            with open(f"{args.log}.tmp", "w", encoding="utf-8") as f:  # without the line that a killed run may have left half written
-                print(*map(json.dumps, [head, *parts.values()]), sep="\n", file=f)
-            os.replace(f"{args.log}.tmp", args.log)
-        except OSError as e:
-            raise ValueError(f"cannot write --log {args.log}: {e.strerror}") from None
-    try:
-        with open(args.log or os.devnull, "a", encoding="utf-8") as log, ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (args.ckpt, device)) as pool:
-            done = as_completed([pool.submit(answer, task) for task in left])
-            for future in tqdm(done, total=len(left), unit="batch", mininterval=0.5 if sys.stderr.isatty() else 60):
-                part = future.result()
-                parts[part["run"], part["first"]] = part
-                print(json.dumps(part), file=log, flush=True)
-    except BrokenProcessPool:
-        raise ValueError("a worker process was killed, perhaps for its memory: try --workers 1; with --log a second call goes on where this one stopped") from None
+    parts = collect([how for how, _ in found], n, args.batch_size, args.ckpt, device, args.workers, args.log, dict(weights=weigh(m), runs=repr(found)))
     answers = [[pair for first in range(0, n, args.batch_size) for pair in zip(parts[run, first]["right"], parts[run, first]["ids"])] for run in range(len(found))]
     ran, full = ([sum(parts[run, first][key] for first in range(0, n, args.batch_size)) for run in range(len(found))] for key in ("ran", "full"))
     G = m.extra["gen_length"]

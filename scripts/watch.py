@@ -21,6 +21,11 @@ MARKS = {"*": ("just decoded", "1;32"), "#": ("run", "33"), ".": ("from cache", 
 LEGEND = [f"{mark} {meaning}" for mark, (meaning, _) in MARKS.items()] + ["~ end of text"]
 
 
+def marks_of(tokens, run, decoded, mask_id):
+    """What a step did with each position, as characters."""
+    return ["*" if d else ("_o" if t == mask_id else ".#")[r] for t, r, d in zip(tokens, run, decoded)]
+
+
 def width(text):
     """Columns that text takes in a terminal."""
     return sum(0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
@@ -88,7 +93,7 @@ class Watch:
 
     def __call__(self, step, tokens, run, decoded):
         tokens, run, decoded = (t[0].tolist() for t in (tokens, run, decoded))
-        marks = ["*" if d else ("_o" if t == self.config.mask_id else ".#")[r] for t, r, d in zip(tokens, run, decoded)]
+        marks = marks_of(tokens, run, decoded, self.config.mask_id)
         n, T, G = sum(run), len(run), self.how["gen_length"]
         self.run, self.full = self.run + n, self.full + T
         self.cells = [(self.text(t), mark) for t, mark in zip(tokens, marks)]
