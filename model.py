@@ -90,29 +90,14 @@ def gather_rows(x, rows):
 
 
 class Linear(nn.Linear):
-    """nn.Linear that can be packed(), which pays on a CPU: the few rows that a cache leaves to run are multiplied two to
-    four times faster, and many rows by a third (README, "Speed")."""
-    blocks = None  # the weight as oneDNN lays it out for itself
-
-    def forward(self, x):
-        return super().forward(x) if self.blocks is None else torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, "none", [], None)
+    blocks = None  # while packed() holds: the matrix as oneDNN lays it out for itself, and the bias
 
 
-@contextlib.contextmanager
-def packed(model):
-    """While it holds, the matrices of a model on a CPU stand in memory a second time, packed; of a model that is too large
-    for that (a billion parameters), or elsewhere, nothing does. Weights must not change meanwhile."""
-    linears = [m for m in model.modules() if isinstance(m, Linear) and m.blocks is None] if isinstance(model, nn.Module) else []
-    weights = [m.weight for m in linears]
-    if not all(w.device.type == "cpu" and w.dtype in (torch.float32, torch.bfloat16) for w in weights) or sum(w.numel() for w in weights) > 1e9 or not torch.backends.mkldnn.is_available():
-        linears = []
-    try:
-        for m in linears:
-            m.blocks = torch.ops.mkldnn._reorder_linear_weight(m.weight)
-        yield
-    finally:
-        for m in linears:
-            m.blocks = None
+def linear(x, *layers):
+    """x (..., in) through each of the layers -> [(..., out)]. Packed, they are one product."""
+    if layers[0].blocks is None:
+        return [layer(x) for layer in layers]
+    return torch.ops.mkldnn._linear_pointwise(x, *layers[0].blocks, "none", [], None).split([layer.out_features for layer in layers], dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -152,15 +137,16 @@ class Attention(nn.Module):
         self.o = Linear(config.n_embd, config.n_embd, bias=False)
         self.grouped = config.n_kv_head != config.n_head
 
-    def forward(self, x, queries, cos_sin, query_cos_sin, mask, store):
-        """x (B, n, C) gives keys and values, queries (B, m, C) ask; store puts K, V (B, n, nkv, hs) into the cache and
-        returns all that is attended (B, T, nkv, hs). Never causal."""
-        k = rotate(self.k(x).unflatten(-1, (-1, self.head_dim)), *cos_sin)                          # (B, n, nkv, hs)
-        v = self.v(x).unflatten(-1, (-1, self.head_dim))                                            # (B, n, nkv, hs)
-        q = rotate(self.q(queries).unflatten(-1, (-1, self.head_dim)), *query_cos_sin)              # (B, m, nh, hs)
+    def forward(self, x, cos_sin, mask, store, rows=None):
+        """x (B, n, C) gives keys and values; the queries are those of rows (B, m), None: of all. store puts K, V
+        (B, n, nkv, hs) into the cache and returns all that is attended (B, T, nkv, hs). Never causal."""
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in linear(x, self.q, self.k, self.v))  # (B, n, heads, hs)
+        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        if rows is not None:
+            q = gather_rows(q.flatten(2), rows).unflatten(-1, (-1, self.head_dim))                  # (B, m, nh, hs)
         q, k, v = (t.transpose(1, 2) for t in (q, *store(k, v)))                                    # (B, heads, positions, hs)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)        # (B, nh, m, hs)
-        return self.o(y.transpose(1, 2).flatten(2))
+        return linear(y.transpose(1, 2).flatten(2), self.o)[0]
 
 
 class MLP(nn.Module):
@@ -172,7 +158,8 @@ class MLP(nn.Module):
         self.down = Linear(config.n_ff, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = linear(x, self.gate, self.up)
+        return linear(F.silu(gate) * up, self.down)[0]
 
 
 class Block(nn.Module):
@@ -184,12 +171,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos_sin, mask, store, rows=None):
-        h = queries = self.attn_norm(x)
-        query_cos_sin = cos_sin
-        if rows is not None:  # every position gives keys and values, but only these rows go on
-            x, queries = gather_rows(x, rows), gather_rows(h, rows)
-            query_cos_sin = [gather_rows(r, rows) for r in cos_sin]
-        x = x + self.attn(h, queries, cos_sin, query_cos_sin, mask, store)
+        y = self.attn(self.attn_norm(x), cos_sin, mask, store, rows)
+        x = y + (x if rows is None else gather_rows(x, rows))  # every position gives keys and values, but only these rows go on
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -241,7 +224,28 @@ class DiffusionLM(nn.Module):
             store = partial(cache.update, i, pos) if cache is not None else lambda k, v: (k, v)
             # after the last layer nobody attends: only the rows that need logits have to get through it
             x = block(x, cos_sin, mask, store, rows if i == len(self.blocks) - 1 else None)
-        return self.head(self.norm(x))                                                              # (B, m, V)
+        return linear(self.norm(x), self.head)[0]                                                   # (B, m, V)
+
+
+@contextlib.contextmanager
+def packed(model):
+    """While it holds, a CPU multiplies by copies of the matrices that are packed for oneDNN, and by those of the same input
+    at once: a few rows, which are all that a cache leaves to run, take a half to a quarter of the time (README, "Speed").
+    Nothing is packed elsewhere, nor if the copies would take more than 4 GB. The weights must not change meanwhile."""
+    groups = []
+    for m in model.modules() if isinstance(model, nn.Module) else []:
+        groups += [(m.q, m.k, m.v), (m.o,)] if isinstance(m, Attention) else [(m.gate, m.up), (m.down,)] if isinstance(m, MLP) else [(m.head,)] if isinstance(m, DiffusionLM) else []
+    weights = [layer.weight for group in groups for layer in group]
+    fit = all(w.device.type == "cpu" and w.dtype in (torch.float32, torch.bfloat16) for w in weights) and sum(w.nbytes for w in weights) < 2**32
+    groups = [group for group in groups if fit and group[0].blocks is None and torch.backends.mkldnn.is_available()]
+    try:
+        for group in groups:
+            w, b = (torch.cat([getattr(layer, name) for layer in group]) if getattr(group[0], name) is not None else None for name in ("weight", "bias"))
+            group[0].blocks = torch.ops.mkldnn._reorder_linear_weight(w), b
+        yield
+    finally:
+        for group in groups:
+            group[0].blocks = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss
