@@ -25,27 +25,29 @@ from dataclasses import dataclass
 
 import torch
 
+from model import gather_rows, packed
+
 CACHES = ("none", "decode", "greedy")
 REMASKING = ("low_confidence", "random", "left_to_right")
 REFRESH = {"none": 1, "decode": 8, "greedy": 2}  # those of the authors' reports
 
 
 class KVCache:
-    """Keys (after RoPE) and values of every layer, each a tensor (n_layer, B, n_kv_head, T, head_dim) indexed by position.
+    """Keys (after RoPE) and values of every layer, each a tensor (n_layer, B, T, n_kv_head, head_dim) indexed by position.
     Attention does not care about the order of its keys, so nothing is ever moved: K/V are overwritten where they stand."""
     def __init__(self, model, B, T):
         config, w = model.config, model.wte.weight
-        self.k, self.v = torch.zeros(2, config.n_layer, B, config.n_kv_head, T, config.head_dim, dtype=w.dtype, device=w.device)
+        self.k, self.v = torch.zeros(2, config.n_layer, B, T, config.n_kv_head, config.head_dim, dtype=w.dtype, device=w.device)
         self.T = T
         self.row = torch.arange(B, device=w.device)[:, None]
 
     def update(self, layer, pos, k, v):
-        """Writes k, v (B, n_kv_head, n, head_dim) at pos (B, n), None: at 0..n-1; -> all K, V of the layer."""
+        """Writes k, v (B, n, n_kv_head, head_dim) at pos (B, n), None: at 0..n-1; -> all K, V of the layer."""
         K, V = self.k[layer], self.v[layer]
         if pos is None:
-            K[:, :, :k.shape[2]], V[:, :, :k.shape[2]] = k, v
+            K[:, :k.shape[1]], V[:, :k.shape[1]] = k, v
         else:
-            K[self.row, :, pos], V[self.row, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
+            K[self.row, pos], V[self.row, pos] = k, v
         return K, V
 
 
@@ -215,26 +217,33 @@ def reveal(s, lo, cand, k, logits):
     most confident. -> their columns (B, k)."""
     if s.suppress_eos == "logits":
         logits[..., s.config.eos_id] = -torch.inf
-    if s.temperature == 0:
-        token = logits.argmax(-1)                                              # (B, m)
-    else:  # the inverse of the distribution function, at a number that belongs to the prompt, the step and the position
-        u = s.noise[:, s.forwards].gather(1, cand - lo)                        # (B, m)
-        odds = ((logits.double() - logits.amax(-1, keepdim=True)) / s.temperature).softmax(-1).cumsum(-1)  # (B, m, V)
-        token = torch.searchsorted(odds, (u * odds[..., -1])[..., None], right=True).squeeze(-1)
+    drawn = draw(s, cand - lo, logits) if s.temperature else None              # (B, m)
     if s.order is None:
-        best = confidence(s, logits, token).argsort(dim=1, descending=True, stable=True)[:, :k]  # ties: the leftmost
-        cand, token = cand.gather(1, best), token.gather(1, best)
-    s.x.scatter_(1, cand, token)
+        best = confidence(s, logits, drawn).argsort(dim=1, descending=True, stable=True)[:, :k]  # ties: the leftmost
+        cand, logits, drawn = cand.gather(1, best), gather_rows(logits, best), drawn if drawn is None else drawn.gather(1, best)
+    s.x.scatter_(1, cand, logits.argmax(-1) if drawn is None else drawn)
     return cand
 
 
-def confidence(s, logits, token):
-    """Log probability of the proposed tokens at temperature 1, (B, m): LLaDA's low-confidence remasking."""
+def draw(s, column, logits):
+    """Samples a token for every row of logits (B, m, V) at the columns (B, m) of the block -> (B, m): the inverse of the
+    distribution function, at a number that belongs to the prompt, the step and the position."""
+    u = s.noise[:, s.forwards].gather(1, column)                               # (B, m)
+    odds = ((logits.double() - logits.amax(-1, keepdim=True)) / s.temperature).softmax(-1).cumsum(-1)  # (B, m, V)
+    return torch.searchsorted(odds, (u * odds[..., -1])[..., None], right=True).squeeze(-1)
+
+
+def confidence(s, logits, drawn):
+    """Log probability, at temperature 1, of the drawn tokens, None: of the most probable ones, (B, m): LLaDA's
+    low-confidence remasking."""
     if s.suppress_eos == "confidence":  # a position that proposes the end is revealed when nothing better is left
+        drawn = logits.argmax(-1) if drawn is None else drawn
+        logits = logits.clone()
         for end in (s.config.eos_id, s.config.eot_id):
             if end is not None:
                 logits[..., end] = -torch.inf
-    return logits.gather(-1, token[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    p = logits.log_softmax(-1)
+    return p.amax(-1) if drawn is None else p.gather(-1, drawn[..., None]).squeeze(-1)
 
 
 def report(s, pos, just):
@@ -328,7 +337,8 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
               order=None if columns is None else torch.as_tensor(columns, device=device),
               noise=torch.stack([torch.rand(steps, L, generator=g) for g in rngs]).to(device) if temperature else None,
               schedule=unmask_schedule(L, steps * L // gen_length), config=config, P=P, T=P + gen_length, run=[0] * B, full=[0] * B, on_step=on_step, **settings)
-    {"none": generate_none, "decode": generate_decode, "greedy": generate_greedy}[cache](model, s)
+    with packed(model):
+        {"none": generate_none, "decode": generate_decode, "greedy": generate_greedy}[cache](model, s)
     tokens = [row[pad:] for row, pad in zip(s.out.tolist(), pads)]  # waits for the device
     return Result(tokens, s.forwards, s.run, s.full, time.perf_counter() - began)
 
