@@ -30,6 +30,7 @@ from scripts.tradeoff import NEVER, collect, weigh, wilson  # noqa: E402
 from scripts.watch import MARKS, marks_of  # noqa: E402
 
 BEFORE, AFTER = 8, 16  # steps around the decoding
+PARTS = ("map", "settle", "speed", "length", "quality")
 REFRESHES = (2, 4, 8, 16, NEVER)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,12 +227,12 @@ def measure(args):
     prompts = [tokenizer.encode(model.extra["template"].replace("{}", question)) for question, _ in model.extra["problems"][:args.n]]
     ways = dict(map=lambda: measure_map(model, prompts), settle=lambda: measure_settle(model, prompts[:50]), speed=lambda: measure_speed(model, prompts),
                 length=lambda: measure_length(args, f"{path}.length"), quality=lambda: measure_quality(model, args, log))
-    for name in args.measure or [name for name in ways if name not in numbers]:
+    for name in args.measure or [name for name in PARTS if name not in numbers]:
         numbers[name] = ways[name]()
         write_numbers(path, numbers)
     if os.path.exists(log) and "quality" in numbers and (not args.measure or "quality" in args.measure):
         os.remove(log)  # its sums are written down
-    print(f"{path}: {', '.join(name for name in ways if name in numbers)}")
+    print(f"{path}: {', '.join(name for name in PARTS if name in numbers)}")
     return 0
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,7 +367,10 @@ PICTURES = {"map": (draw_map, ["map"]), "settle": (draw_settle, ["settle"]), "qu
 
 
 def draw(args):
-    numbers = read_numbers(os.path.join(args.dir, "figures.json"))
+    path = os.path.join(args.dir, "figures.json")
+    numbers = read_numbers(path)
+    if "about" not in numbers:
+        raise ValueError(f"there are no numbers in {path}: python scripts/figures.py --measure writes them")
     try:
         import matplotlib
     except ImportError:
@@ -408,6 +412,9 @@ def main(argv=None):
     for name in ("n", "batch_size", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, and has to be at least 1")
+    unknown = [name for name in args.measure or [] if name not in PARTS]
+    if unknown:
+        raise ValueError(f"--measure knows no part {unknown[0]}: it has to be one of {', '.join(PARTS)}")
     return draw(args) if args.measure is None else measure(args)
 
 
