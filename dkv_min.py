@@ -37,7 +37,7 @@ class KVCache:
     Attention does not care about the order of its keys, so nothing is ever moved: K/V are overwritten where they stand."""
     def __init__(self, model, B, T):
         config, w = model.config, model.wte.weight
-        self.k, self.v = torch.zeros(2, config.n_layer, B, T, config.n_kv_head, config.head_dim, dtype=w.dtype, device=w.device)
+        self.k, self.v = torch.empty(2, config.n_layer, B, T, config.n_kv_head, config.head_dim, dtype=w.dtype, device=w.device)
         self.T = T
         self.row = torch.arange(B, device=w.device)[:, None]
 

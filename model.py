@@ -233,7 +233,7 @@ def packed(model):
     at once: a few rows, which are all that a cache leaves to run, take a half to a quarter of the time (README, "Speed").
     Nothing is packed elsewhere, nor if the copies would take more than 4 GB. The weights must not change meanwhile."""
     groups = []
-    for m in model.modules() if isinstance(model, nn.Module) else []:
+    for m in getattr(model, "modules", list)():  # a stand-in for a model may have none
         groups += [(m.q, m.k, m.v), (m.o,)] if isinstance(m, Attention) else [(m.gate, m.up), (m.down,)] if isinstance(m, MLP) else [(m.head,)] if isinstance(m, DiffusionLM) else []
     weights = [layer.weight for group in groups for layer in group]
     fit = all(w.device.type == "cpu" and w.dtype in (torch.float32, torch.bfloat16) for w in weights) and sum(w.nbytes for w in weights) < 2**32
