@@ -56,7 +56,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import train_tiny  # noqa: E402
 from dkv_min import check, generate  # noqa: E402
-from model import LLADA_8B, Config, DiffusionLM, diffusion_loss, diffusion_noise, load  # noqa: E402
+from model import LLADA_8B, Config, DiffusionLM, diffusion_loss, diffusion_noise, load, packed  # noqa: E402
 from sample import Parser, launch, pick_device  # noqa: E402
 
 PRESETS = {
@@ -141,9 +141,9 @@ def matmul_peak(device, dtype):
 
 def work(c, B, n, m, T):
     """Multiplications of a forward that runs n positions, needs logits of m and attends to T."""
-    kv, mlp = 2 * c.n_embd * c.n_kv_head * c.head_dim, 3 * c.n_embd * c.n_ff
-    rest = 2 * c.n_embd**2 + mlp
-    return B * ((c.n_layer - 1) * n * (kv + rest) + n * kv + m * rest + ((c.n_layer - 1) * n + m) * 2 * c.n_embd * T + m * c.n_embd * c.vocab_size)
+    qkv = c.n_embd**2 + 2 * c.n_embd * c.n_kv_head * c.head_dim
+    rest = c.n_embd**2 + 3 * c.n_embd * c.n_ff
+    return B * (c.n_layer * n * qkv + ((c.n_layer - 1) * n + m) * rest + ((c.n_layer - 1) * n + m) * 2 * c.n_embd * T + m * c.n_embd * c.vocab_size)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # timing runs, whole or sampled
@@ -175,10 +175,11 @@ class Meter:
     def alone(self):
         """-> what the calls that ran take once more, one right after the other: {step: seconds}"""
         stamps = {}
-        for i, (tokens, pos, rows, pad) in self.kept.items():
-            began = stamp(tokens.device)
-            self.model(tokens, pos, self.cache, rows, pad)
-            stamps[i] = began, stamp(tokens.device)
+        with packed(self.model):
+            for i, (tokens, pos, rows, pad) in self.kept.items():
+                began = stamp(tokens.device)
+                self.model(tokens, pos, self.cache, rows, pad)
+                stamps[i] = began, stamp(tokens.device)
         wait(tokens.device)
         return {i: between(*pair) for i, pair in stamps.items()}
 
