@@ -221,6 +221,7 @@ def reveal(s, lo, cand, k, logits):
         u = s.noise[:, s.forwards].gather(1, cand - lo)                        # (B, m)
         odds = ((logits.double() - logits.amax(-1, keepdim=True)) / s.temperature).softmax(-1).cumsum(-1)  # (B, m, V)
         token = torch.searchsorted(odds, (u * odds[..., -1])[..., None], right=True).squeeze(-1)
+        token = token.where(token < odds.shape[-1], logits.argmax(-1))  # NaN has no distribution
     if s.order is None:
         best = confidence(s, logits, token).argsort(dim=1, descending=True, stable=True)[:, :k]  # ties: the leftmost
         cand, token = cand.gather(1, best), token.gather(1, best)

@@ -123,7 +123,7 @@ def read_prompts(args):
             raise ValueError(f"cannot read --prompts {args.prompts}: {e.strerror}") from None
         except UnicodeDecodeError:
             raise ValueError(f"--prompts {args.prompts} is not UTF-8 text") from None
-        except (json.JSONDecodeError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f"--prompts {args.prompts}: every line has to be a JSON object with a `prompt`") from None
         texts += lines
         if not texts:
@@ -380,7 +380,7 @@ def chat(model, tokenizer, how, args):
             with Watch(tokenizer, model.config, how, args.watch or 0, keep=False) if live else contextlib.nullcontext() as view:
                 result = generate(model, [ids], generator=draws(args, n), on_step=view, **how)
         except ValueError as e:
-            print(e)
+            print(printable(str(e)))
             continue
         except KeyboardInterrupt:
             print("(stopped; this question is not kept)")
@@ -445,7 +445,8 @@ def launch(main):
         if sys.stdout:
             sys.stdout.flush()
     except ValueError as e:
-        print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
+        sentence = printable(str(e)).replace("\n", "\\n")  # it may quote a file or a flag
+        print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
