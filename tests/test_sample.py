@@ -172,7 +172,7 @@ WRONG = [
     (["--gen-length", "0"], "gen_length is 0"), (["--gen-length", "10", "--block-length", "4"], "no multiple"), (["--steps", "7", "--block-length", "8"], "steps"),
     (["--window", "-1", "--cache", "greedy"], "window"), (["--temperature", "-1"], "temperature"), (["--temperature", "nan"], "temperature"), (["--cfg-scale", "-1"], "cfg_scale"),
     (["--cache", "greedy", "--remasking", "low_confidence"], "greedy"), (["--batch-size", "0"], "--batch-size"), (["--prompt", "word " * 2000], "more than the model"),
-    (["--frobnicate"], "--frobnicate"), (["--seed", "x"], "x"), (["--block-length", "0"], "block_length is 0"), (["--gen-length", "-8"], "gen_length"),
+    (["--frobnicate"], "--frobnicate"), (["--f\x1b[2J\nx"], "--f\\x1b[2J\\nx"), (["--seed", "x"], "x"), (["--block-length", "0"], "block_length is 0"), (["--gen-length", "-8"], "gen_length"),
 ]
 
 
@@ -295,7 +295,7 @@ def test_the_raw_prompt_and_llada_s_template():
 def test_prompt_files_that_cannot_be_read(tmp_path):
     for name, content, words in (("latin.txt", b"caf\xe9\n", "not UTF-8"), ("empty.txt", b"\n\n", "no prompt"), ("key.jsonl", b'{"question": "x"}\n', "`prompt`"),
                                  ("none.jsonl", b'{"prompt": ""}\n', "empty"), ("number.jsonl", b'{"prompt": 3}\n', "text"), ("cut.jsonl", b'{"prompt": ', "JSON"),
-                                 ("deep.jsonl", b'{"prompt": ' + b"[" * 100000, "JSON")):
+                                 ("digits.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}", "JSON"), ("deep.jsonl", b'{"prompt": ' + b"[" * 100000, "JSON")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=words):
             main(["--prompts", str(tmp_path / name)])
