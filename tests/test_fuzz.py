@@ -10,7 +10,7 @@ import pytest
 import sample
 
 
-@pytest.mark.parametrize("name, n", [("generate", 30), ("checkpoints", 24), ("converter", 4), ("commands", 8), ("prompts", 24)])
+@pytest.mark.parametrize("name, n", [("generate", 30), ("checkpoints", len(fuzz.KINDS)), ("converter", 3), ("commands", 8), ("prompts", 30)])
 def test_a_slice(name, n, capfd):
     """Not the cases of the full campaigns' seed. The whole: python tests/fuzz.py NAME"""
     faults = fuzz.campaign(name, n, seed=1)
@@ -43,7 +43,7 @@ def test_the_limits_hold(box):
     for job, words in ((lambda: bytearray(2 * fuzz.MEMORY), "took 2"), (endless, "SIGKILL"), (lambda: os.abort(), "SIGABRT"), (lambda: 1 / 0, "ZeroDivisionError"), (lambda: os.write(2, b"warning\n"), "stderr has 'warning"),
                        (lambda: sample.launch(lambda: exec("raise ValueError('DefaultCPUAllocator: not enough memory')")), "only a limit")):
         with pytest.raises(AssertionError, match=words):
-            said(box, job, seconds=1)
+            said(box, job, seconds=1 if job is endless else 10)
     assert said(box, lambda: sample.launch(lambda: exec("raise ValueError('so it is')"))) == "so it is"
     assert said(box, lambda: print("fine")) is None
 
