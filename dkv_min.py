@@ -215,13 +215,12 @@ def reveal(s, lo, cand, k, logits):
     most confident. -> their columns (B, k)."""
     if s.suppress_eos == "logits":
         logits[..., s.config.eos_id] = -torch.inf
-    if s.temperature == 0:
-        token = logits.argmax(-1)                                              # (B, m)
-    else:  # the inverse of the distribution function, at a number that belongs to the prompt, the step and the position
+    token = logits.argmax(-1)                                                  # (B, m)
+    if s.temperature:  # the inverse of the distribution function, at a number that belongs to the prompt, the step and the position
         u = s.noise[:, s.forwards].gather(1, cand - lo)                        # (B, m)
         odds = ((logits.double() - logits.amax(-1, keepdim=True)) / s.temperature).softmax(-1).cumsum(-1)  # (B, m, V)
-        token = torch.searchsorted(odds, (u * odds[..., -1])[..., None], right=True).squeeze(-1)
-        token = token.where(token < odds.shape[-1], logits.argmax(-1))  # NaN has no distribution
+        drawn = torch.searchsorted(odds, (u * odds[..., -1])[..., None], right=True).squeeze(-1)
+        token = drawn.where(drawn < odds.shape[-1], token)                     # behind all odds: they are NaN
     if s.order is None:
         best = confidence(s, logits, token).argsort(dim=1, descending=True, stable=True)[:, :k]  # ties: the leftmost
         cand, token = cand.gather(1, best), token.gather(1, best)

@@ -31,7 +31,7 @@ def byte_letters():
 LETTERS = byte_letters()
 
 
-PATIENCE = 5  # seconds of processor time for 195,000 characters, which take a good pattern tenths of one
+PATIENCE = 5  # seconds of processor time for 195,000 characters, which a good pattern cuts in less than one
 REFUSED = "this tokenizer cannot be converted exactly: "
 
 
@@ -113,7 +113,7 @@ def total(pattern):
             raise
         refuse(f"the pattern ({str(e).splitlines()[0]})", pattern)
     except TimeoutError:
-        refuse("a pattern that takes seconds for a page of text", pattern)
+        refuse("a pattern that takes too long", pattern)
     return pattern
 
 
