@@ -130,7 +130,7 @@ def read_prompts(args):
             raise ValueError(f"--prompts {args.prompts} holds no prompt")
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"a prompt has to be text, and this is none: {text!r}")
+            raise ValueError(f"a prompt has to be text, and this is none: {text!r:.80}")
         if not text:
             raise ValueError("a prompt is empty: it needs at least one character")
         if len(text) > LONGEST:
@@ -138,7 +138,7 @@ def read_prompts(args):
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise ValueError(f"the prompt {text!r} is not UTF-8 text") from None
+            raise ValueError(f"the prompt {text!r:.80} is not UTF-8 text") from None
     return texts
 
 
@@ -146,7 +146,7 @@ def parse_ids(text):
     try:
         return None if text is None else [int(i) for i in text.split(",")]
     except ValueError:
-        raise ValueError(f"--ids is {text!r}, and has to be token ids with commas between them, such as 1,2,3") from None
+        raise ValueError(f"--ids is {text!r:.80}, and has to be token ids with commas between them, such as 1,2,3") from None
 
 
 def cut(ids, config):
