@@ -230,7 +230,8 @@ def draw(s, column, logits):
     distribution function, at a number that belongs to the prompt, the step and the position."""
     u = s.noise[:, s.forwards].gather(1, column)                               # (B, m)
     odds = ((logits.double() - logits.amax(-1, keepdim=True)) / s.temperature).softmax(-1).cumsum(-1)  # (B, m, V)
-    return torch.searchsorted(odds, (u * odds[..., -1])[..., None], right=True).squeeze(-1)
+    drawn = torch.searchsorted(odds, (u * odds[..., -1])[..., None], right=True).squeeze(-1)
+    return drawn.where(drawn < odds.shape[-1], logits.argmax(-1))              # behind all odds: they are NaN
 
 
 def confidence(s, logits, drawn):
