@@ -37,7 +37,7 @@ class KVCache:
     Attention does not care about the order of its keys, so nothing is ever moved: K/V are overwritten where they stand."""
     def __init__(self, model, B, T):
         config, w = model.config, model.wte.weight
-        self.k, self.v = torch.zeros(2, config.n_layer, B, T, config.n_kv_head, config.head_dim, dtype=w.dtype, device=w.device)
+        self.k, self.v = torch.empty(2, config.n_layer, B, T, config.n_kv_head, config.head_dim, dtype=w.dtype, device=w.device)
         self.T = T
         self.row = torch.arange(B, device=w.device)[:, None]
 
@@ -230,7 +230,8 @@ def draw(s, column, logits):
     distribution function, at a number that belongs to the prompt, the step and the position."""
     u = s.noise[:, s.forwards].gather(1, column)                               # (B, m)
     odds = ((logits.double() - logits.amax(-1, keepdim=True)) / s.temperature).softmax(-1).cumsum(-1)  # (B, m, V)
-    return torch.searchsorted(odds, (u * odds[..., -1])[..., None], right=True).squeeze(-1)
+    drawn = torch.searchsorted(odds, (u * odds[..., -1])[..., None], right=True).squeeze(-1)
+    return drawn.where(drawn < odds.shape[-1], logits.argmax(-1))              # behind all odds: they are NaN
 
 
 def confidence(s, logits, drawn):

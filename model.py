@@ -14,6 +14,8 @@ import dataclasses
 import math
 import os
 import pickle
+import pickletools
+import reprlib
 import unicodedata
 import zipfile
 from dataclasses import dataclass
@@ -57,7 +59,7 @@ class Config:
                 continue
             kind = (int, float) if f.type is float else f.type if isinstance(f.type, type) else int
             if not isinstance(v, kind) or (isinstance(v, bool) and f.type is not bool):
-                return f"{f.name} has the wrong type: {v!r}"
+                return f"{f.name} has the wrong type: {reprlib.repr(v):.60}"  # what a file holds may be endless
             low = 0 if f.name.endswith("_id") or f.name == "qkv_bias" else 1e-12 if isinstance(v, float) else 1
             if not low <= v < 2**31:
                 return f"{f.name} is out of range: {v!r}"
@@ -72,6 +74,8 @@ class Config:
         for end in (self.eos_id, self.eot_id):
             if end is not None and (end >= self.n_vocab or end == self.mask_id):
                 return f"eos_id and eot_id have to be ids below n_vocab {self.n_vocab} other than the mask's: {end}"
+        if self.n_vocab <= (self.mask_id < self.n_vocab) + (self.eos_id is not None):
+            return f"n_vocab {self.n_vocab} leaves no id to write beside the mask's and the end's"
         return None
 
 
@@ -145,7 +149,12 @@ class Attention(nn.Module):
         if rows is not None:
             q = gather_rows(q.flatten(2), rows).unflatten(-1, (-1, self.head_dim))                  # (B, m, nh, hs)
         q, k, v = (t.transpose(1, 2) for t in (q, *store(k, v)))                                    # (B, heads, positions, hs)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)        # (B, nh, m, hs)
+        if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and not self.grouped and k.shape[2] <= 512:
+            # training on a CPU: written out, there and back takes less than half the time of torch's kernel (bench.py --train)
+            score = q @ k.transpose(2, 3) * self.head_dim ** -0.5                                   # (B, nh, m, T)
+            y = (score if mask is None else score.masked_fill(~mask, -torch.inf)).softmax(-1).to(v.dtype) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)    # (B, nh, m, hs)
         return linear(y.transpose(1, 2).flatten(2), self.o)[0]
 
 
@@ -233,7 +242,7 @@ def packed(model):
     at once: a few rows, which are all that a cache leaves to run, take a half to a quarter of the time (README, "Speed").
     Nothing is packed elsewhere, nor if the copies would take more than 4 GB. The weights must not change meanwhile."""
     groups = []
-    for m in model.modules() if isinstance(model, nn.Module) else []:
+    for m in getattr(model, "modules", list)():  # a stand-in for a model may have none
         groups += [(m.q, m.k, m.v), (m.o,)] if isinstance(m, Attention) else [(m.gate, m.up), (m.down,)] if isinstance(m, MLP) else [(m.head,)] if isinstance(m, DiffusionLM) else []
     weights = [layer.weight for group in groups for layer in group]
     fit = all(w.device.type == "cpu" and w.dtype in (torch.float32, torch.bfloat16) for w in weights) and sum(w.nbytes for w in weights) < 2**32
@@ -269,9 +278,11 @@ def diffusion_loss(model, tokens, masked, weight, pad=None):
     """Cross entropy of the masked tokens, each times its weight, summed over a row and averaged over the rows. With masks
     and weights of diffusion_noise it is LLaDA's bound on the negative log likelihood, in nats per free token.
     tokens (B, T) int64, masked (B, T) bool, weight (B, T) float32, pad (B,) as in forward -> () float32."""
-    logits = model(tokens.masked_fill(masked, model.config.mask_id), pad=pad)
-    ce = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-    return (ce * weight * masked).sum() / len(tokens)
+    weight = weight * masked
+    rows = (weight > 0).byte().argsort(dim=1, descending=True, stable=True)[:, :(weight > 0).sum(1).max()]  # logits only where they count
+    logits = model(tokens.masked_fill(masked, model.config.mask_id), rows=rows, pad=pad)               # (B, m, V)
+    ce = F.cross_entropy(logits.float().flatten(0, 1), tokens.gather(1, rows).flatten(), reduction="none").view_as(rows)
+    return (ce * weight.gather(1, rows)).sum() / len(tokens)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the tokenizer
@@ -314,7 +325,12 @@ class Tokenizer:
                 piece = unicodedata.normalize("NFC", piece)
             if self.prefix_space and piece and piece[0] != " ":
                 piece = " " + piece
-            ids += [self.ids[i] for i in self.encoding.encode_ordinary(piece)]
+            try:
+                ids += [self.ids[i] for i in self.encoding.encode_ordinary(piece)]
+            except BaseException as e:  # a panic of tiktoken's Rust is no Exception
+                if type(e).__name__ != "PanicException":
+                    raise
+                raise ValueError(f"the tokenizer's pattern gives up on this text: {first_line(e)}") from None
         return ids
 
     def decode(self, ids):
@@ -354,19 +370,30 @@ def save_file(path, data):
             os.remove(temp)
 
 
+# what an index may name: torch's own unpickler runs no code either, but would call bytearray(2**40)
+NAMES = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict", *(f"torch {kind}Storage" for kind in "Float Double Half BFloat16 Long Int Short Char Byte Bool".split())}
+
+
 def load_file(path):
     """torch.load without its dangers: runs no code from the file, maps the tensors from disk, and looks at the zip's
-    directory before it reads a record. -> what was saved. Anything that is no such file: ValueError."""
+    directory before it reads a record, and at the index before it is unpickled. -> what was saved. Anything that is no
+    such file: ValueError."""
     try:
         size = os.path.getsize(path)
         with zipfile.ZipFile(path) as z:
             records = z.infolist()
-        if any(r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):
-            raise ValueError("it has compressed records, which torch never writes")
-        if sum(r.file_size for r in records) > size:
-            raise ValueError("its records claim to be larger than the file")
-        if sum(r.file_size for r in records if r.filename.endswith(".pkl")) > 2**26:
-            raise ValueError("its index is larger than 64 MiB")
+            indexes = [r for r in records if r.filename.lower().endswith(".pkl")]
+            if any(r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):
+                raise ValueError("it has compressed records, which torch never writes")
+            if sum(r.file_size for r in records) > size:
+                raise ValueError("its records claim to be larger than the file")
+            if sum(r.file_size for r in indexes) > 2**23:
+                raise ValueError("its index is larger than 8 MiB")
+            for n, (op, arg, _) in enumerate(op for r in indexes for op in pickletools.genops(z.read(r))):
+                if n == 500_000:
+                    raise ValueError("its index has more than 500,000 entries")
+                if op.proto > 2 or op.name == "PROTO" and arg != 2 or op.name == "GLOBAL" and arg not in NAMES:
+                    raise pickle.UnpicklingError
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
@@ -375,7 +402,7 @@ def load_file(path):
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is no checkpoint of ours: it holds more than tensors and plain values") from None
     except Exception as e:  # a damaged pickle can raise anything
-        raise ValueError(f"cannot load {path}: {first_line(e)}") from None
+        raise ValueError(f"cannot load {path}: {first_line(e).split('. This ')[0]}") from None
 
 
 def save(path, model, tokenizer=None):
@@ -415,7 +442,10 @@ def load(path, device="cpu", dtype=None):
         model.extra = dict(data["extra"])
         for name, kind in EXTRA.items():
             if name in model.extra and not (isinstance(model.extra[name], kind) and model.extra[name]):
-                raise ValueError(f"extra {name} is {model.extra[name]!r:.60}, expected {kind.__name__}")
+                raise ValueError(f"extra {name} is {reprlib.repr(model.extra[name]):.60}, expected {kind.__name__}")
+        texts = [*model.extra.get("prompts", []), *(text for question, answer in model.extra.get("problems", []) for text in (question, answer))]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("extra prompts and problems have to be texts and pairs of texts")
     except Exception as e:  # whatever somebody else's file brings about here
         raise ValueError(f"{path} does not fit together: {first_line(e)}") from None
     return model.requires_grad_(False).to(device=device, dtype=dtype).eval(), tokenizer

@@ -123,14 +123,14 @@ def read_prompts(args):
             raise ValueError(f"cannot read --prompts {args.prompts}: {e.strerror}") from None
         except UnicodeDecodeError:
             raise ValueError(f"--prompts {args.prompts} is not UTF-8 text") from None
-        except (json.JSONDecodeError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f"--prompts {args.prompts}: every line has to be a JSON object with a `prompt`") from None
         texts += lines
         if not texts:
             raise ValueError(f"--prompts {args.prompts} holds no prompt")
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"a prompt has to be text, and this is none: {text!r}")
+            raise ValueError(f"a prompt has to be text, and this is none: {text!r:.80}")
         if not text:
             raise ValueError("a prompt is empty: it needs at least one character")
         if len(text) > LONGEST:
@@ -138,7 +138,7 @@ def read_prompts(args):
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise ValueError(f"the prompt {text!r} is not UTF-8 text") from None
+            raise ValueError(f"the prompt {text!r:.80} is not UTF-8 text") from None
     return texts
 
 
@@ -146,7 +146,7 @@ def parse_ids(text):
     try:
         return None if text is None else [int(i) for i in text.split(",")]
     except ValueError:
-        raise ValueError(f"--ids is {text!r}, and has to be token ids with commas between them, such as 1,2,3") from None
+        raise ValueError(f"--ids is {text!r:.80}, and has to be token ids with commas between them, such as 1,2,3") from None
 
 
 def cut(ids, config):
@@ -380,7 +380,7 @@ def chat(model, tokenizer, how, args):
             with Watch(tokenizer, model.config, how, args.watch or 0, keep=False) if live else contextlib.nullcontext() as view:
                 result = generate(model, [ids], generator=draws(args, n), on_step=view, **how)
         except ValueError as e:
-            print(e)
+            print(printable(str(e)))
             continue
         except KeyboardInterrupt:
             print("(stopped; this question is not kept)")
@@ -445,7 +445,8 @@ def launch(main):
         if sys.stdout:
             sys.stdout.flush()
     except ValueError as e:
-        print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
+        sentence = printable(str(e)).replace("\n", "\\n")  # it may quote a file or a flag
+        print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

@@ -308,24 +308,25 @@ def parse_args(argv=None):
     g.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
     g.add_argument("--amp", choices=["auto", "on", "off"], help="bfloat16 autocast; auto: on CUDA, and on CPUs that multiply in it")
     args = p.parse_args(argv)
-    given = {name: value for name, value in vars(args).items() if value is not None}
+    given, state = {name: value for name, value in vars(args).items() if value is not None}, None
     if given.pop("resume", False):
         state = load_state(given.get("out", DEFAULTS["out"]) + ".train")
         if fixed := sorted(set(given) - set(FREE_TO_CHANGE)):
             raise ValueError(f"--resume goes on with the flags that the run was started with: leave out --{fixed[0].replace('_', '-')}")
-        return argparse.Namespace(**{**state["args"], **given}), state
-    args = argparse.Namespace(**{**vars(args), **DEFAULTS, **PRESETS[given.get("preset", DEFAULTS["preset"])], **given})
+        args = argparse.Namespace(**{**state["args"], **given})
+    else:
+        args = argparse.Namespace(**{**vars(args), **DEFAULTS, **PRESETS[given.get("preset", DEFAULTS["preset"])], **given})
     for name, low in MINIMUM.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value < 2**31:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, and has to be at least {low}")
+        value, high = getattr(args, name), 1024 if name == "threads" else 2**31 - 1
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, and has to be {low} to {high}")
     if not 1 <= args.ops[0] <= args.ops[1] <= len(DAYS):
         raise ValueError(f"--ops is {args.ops[0]} {args.ops[1]}, and has to be MIN MAX with 1 <= MIN <= MAX <= {len(DAYS)}")
     if args.gen_length % args.block_length:
         raise ValueError(f"--gen-length {args.gen_length} is no multiple of --block-length {args.block_length}")
     if not os.access(os.path.dirname(os.path.abspath(args.out)), os.W_OK):
         raise ValueError(f"--out {args.out}: there is no such folder, or it cannot be written to")
-    return args, None
+    return args, state
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training
@@ -354,6 +355,12 @@ def load_state(path):
     kinds = dict(args=dict, step=int, best=float, weights=dict, optimizers=list)
     if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"{path} is not what train_tiny.py keeps for --resume")
+    flags = {**DEFAULTS, **PRESETS["quick"], "data": "", "threads": 0}
+    state["args"] = {name: state["args"].get(name, state) for name in flags}
+    for name, value in state["args"].items():
+        kind = (int, float) if isinstance(flags[name], float) else type(flags[name])
+        if not isinstance(value, kind) and (value is not None or name not in ("data", "threads")) or name == "ops" and [*map(type, value)] != [int, int]:
+            raise ValueError(f"{path} is of another train_tiny.py: what it keeps of --{name.replace('_', '-')} cannot be used, so start again without --resume")
     return state
 
 

@@ -56,11 +56,11 @@ def read_config(path):
     for name, good in PLAIN.items():
         needed = name in ("model_type", "rope", "activation_type", "layer_norm_type", "block_type")  # absent, they mean something else
         if (needed if c.get(name) is None else c[name] not in good):
-            raise ValueError(f"{path}: {name} is {c.get(name)!r}, and this network has only {' or '.join(map(repr, good)) or 'none'}")
+            raise ValueError(f"{path}: {name} is {c.get(name)!r:.80}, and this network has only {' or '.join(map(repr, good)) or 'none'}")
     for name, kind in USED.items():
         if c.get(name) is not None and type(c[name]) not in kind:
-            raise ValueError(f"{path}: {name} is {c[name]!r}, expected {' or '.join(k.__name__ for k in kind)}")
-    notes = [f"{path}: {name} = {c[name]!r} is not known here, and was ignored" for name in sorted(c.keys() - PLAIN.keys() - USED.keys() - HARMLESS) if c[name]]
+            raise ValueError(f"{path}: {name} is {c[name]!r:.80}, expected {' or '.join(k.__name__ for k in kind)}")
+    notes = [f"{path}: {name} = {c[name]!r:.80} is not known here, and was ignored" for name in sorted(c.keys() - PLAIN.keys() - USED.keys() - HARMLESS) if c[name]]
     missing = [name for name in ("d_model", "n_layers", "n_heads", "vocab_size", "mask_token_id", "max_sequence_length") if c.get(name) is None]
     if missing:
         raise ValueError(f"{path} lacks {missing[0]}")

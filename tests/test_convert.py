@@ -248,6 +248,13 @@ def test_configs_that_our_network_is_not(name, small, tmp_path):
     assert not (tmp_path / "out.pt").exists()
 
 
+def test_what_is_wrong_is_quoted_in_short(small, tmp_path):
+    """tests/fuzz.py found that a value of 5,000 letters was quoted whole."""
+    edit(small / "config.json", n_heads="x" * 5000)
+    with pytest.raises(ValueError, match="n_heads is 'xxx.{,80}, expected int"):
+        c.convert(str(small), tmp_path / "out.pt")
+
+
 def test_settings_that_mean_nothing_here_are_told(small, tmp_path, capsys):
     edit(small / "config.json", some_new_thing=7, another_one=False, use_cache=True, n_kv_heads=None, multi_query_attention=True)
     with pytest.raises(ValueError, match="k_proj"):  # one head of keys and values now

@@ -125,6 +125,14 @@ def rezip(path, target, compression):
             b.writestr(name, a.read(name))
 
 
+def test_a_pattern_that_gives_up(tokenizer):
+    """tests/fuzz.py found that a panic in tiktoken, which is no Exception, became a traceback."""
+    t = m.Tokenizer(tokenizer.ranks, r"(?:(?=a)a+)+!|.", tokenizer.special)
+    assert len(t.encode("aa")) == 2
+    with pytest.raises(ValueError, match="gives up"):
+        t.encode("a" * 60)
+
+
 def test_bad_files_are_refused_in_one_sentence(tmp_path, capfd, tokenizer):
     model, good = random_model(dtype=torch.float32), tmp_path / "good.pt"
     m.save(good, model)
@@ -137,6 +145,16 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, capfd, tokenizer):
 
     def raw(content):
         (tmp_path / "bad.pt").write_bytes(content)
+
+    def index(content, name="data.pkl"):
+        with zipfile.ZipFile(good) as a, zipfile.ZipFile(tmp_path / "bad.pt", "w") as b:
+            for record in a.namelist():
+                b.writestr(record.replace("data.pkl", name), content if record.endswith("data.pkl") else a.read(record))
+
+    endless = ["ha"]
+    for _ in range(40):
+        endless = [endless, endless]
+    bomb = b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x7f\x85R."  # bytearray(2**31 - 2**24)
 
     faults = {
         "missing": (lambda: (tmp_path / "bad.pt").unlink(missing_ok=True), "there is no file"),
@@ -165,6 +183,16 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, capfd, tokenizer):
         "huge": (lambda: saved(lambda d: d["config"].update(vocab_size=2**30, n_vocab=2**30)), "wte.weight"),
         "no config": (lambda: saved(lambda d: d.pop("config")), "config"),
         "bad tokenizer": (lambda: saved(lambda d: d.update(tokenizer={"ranks": "YQ== 1\n", "pattern": ".", "special": {}})), "tokenizer"),
+        # found by tests/fuzz.py: the first five took gigabytes or did not end, the next three printed a warning or gave a traceback later, the last answered with the mask
+        "endless setting": (lambda: saved(lambda d: d["config"].update(n_layer=endless)), "n_layer"),
+        "endless extra": (lambda: saved(lambda d: d.update(extra={"template": endless})), "template"),
+        "gigabytes of nothing": (lambda: index(bomb), "more than tensors"),
+        "the same in capitals": (lambda: index(bomb, "DATA.PKL"), "more than tensors"),
+        "millions of lists": (lambda: index(b"\x80\x02" + b"]" * 3_000_000 + b"."), "entries"),
+        "newer protocol": (lambda: torch.save(data, tmp_path / "bad.pt", pickle_protocol=4), "more than tensors"),
+        "problems without answers": (lambda: saved(lambda d: d.update(extra={"problems": ["one?"]})), "does not fit"),
+        "prompts of numbers": (lambda: saved(lambda d: d.update(extra={"prompts": [3]})), "texts"),
+        "nothing to write": (lambda: saved(lambda d: d["config"].update(n_vocab=2, mask_id=0, eos_id=1, eot_id=None)), "no id to write"),
         "a folder": (lambda: ((tmp_path / "bad.pt").unlink(), (tmp_path / "bad.pt").mkdir()), "directory"),
     }
     for name, (make, words) in faults.items():

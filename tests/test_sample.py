@@ -168,11 +168,11 @@ def test_a_full_disk_is_one_sentence():
 WRONG = [
     (["--ckpt", "nothing"], "nothing"), (["--ckpt", str(ROOT / "README.md")], "README.md"), (["--ckpt", str(ROOT)], "directory"), (["--chat", "--json"], "--chat"), (["--json", "--out", "x"], "--out"), (["--out", "/nowhere/x"], "--out"), (["--out", "/dev/full"], "device"), (["--out", ""], "--out"), (["--prompts", __file__, "--out", __file__], "--out"),
     (["--prompts", "/no/such"], "/no/such"), (["--prompts", str(ROOT)], "directory"), (["--ids", "1,x"], "1,x"), (["--ids", "999999"], "999999"), (["--ids", ""], "--ids"),
-    (["--prompt", ""], "empty"), (["--prompt", "caf\udce9"], "UTF-8"), (["--cache", "fast"], "fast"), (["--refresh", "0"], "--refresh"), (["--refresh", "often"], "often"),
+    (["--prompt", ""], "empty"), (["--prompt", "caf\udce9"], "UTF-8"), (["--prompt", "\udce9" * 5000], "UTF-8"), (["--ids", "x" * 5000], "--ids"), (["--cache", "fast"], "fast"), (["--refresh", "0"], "--refresh"), (["--refresh", "often"], "often"),
     (["--gen-length", "0"], "gen_length is 0"), (["--gen-length", "10", "--block-length", "4"], "no multiple"), (["--steps", "7", "--block-length", "8"], "steps"),
     (["--window", "-1", "--cache", "greedy"], "window"), (["--temperature", "-1"], "temperature"), (["--temperature", "nan"], "temperature"), (["--cfg-scale", "-1"], "cfg_scale"),
     (["--cache", "greedy", "--remasking", "low_confidence"], "greedy"), (["--batch-size", "0"], "--batch-size"), (["--prompt", "word " * 2000], "more than the model"),
-    (["--frobnicate"], "--frobnicate"), (["--seed", "x"], "x"), (["--block-length", "0"], "block_length is 0"), (["--gen-length", "-8"], "gen_length"),
+    (["--frobnicate"], "--frobnicate"), (["--f\x1b[2J\nx"], "--f\\x1b[2J\\nx"), (["--seed", "x"], "x"), (["--block-length", "0"], "block_length is 0"), (["--gen-length", "-8"], "gen_length"),
 ]
 
 
@@ -184,6 +184,7 @@ def test_user_errors_are_one_sentence(flags, words, capsys, monkeypatch):
         launch(lambda: main(flags))
     out, err = capsys.readouterr()
     assert e.value.code == 2 and words in err and err.count("\n") == 1 and out == "", err
+    assert len(err) < 400, "what a user typed is quoted in short"
 
 
 @pytest.mark.parametrize("flags, words", [(["--prompt", b"caf\xe9"], "UTF-8"), (["--ckpt", "nothing"], "nothing"), (["--frobnicate"], "--frobnicate"),
@@ -295,7 +296,7 @@ def test_the_raw_prompt_and_llada_s_template():
 def test_prompt_files_that_cannot_be_read(tmp_path):
     for name, content, words in (("latin.txt", b"caf\xe9\n", "not UTF-8"), ("empty.txt", b"\n\n", "no prompt"), ("key.jsonl", b'{"question": "x"}\n', "`prompt`"),
                                  ("none.jsonl", b'{"prompt": ""}\n', "empty"), ("number.jsonl", b'{"prompt": 3}\n', "text"), ("cut.jsonl", b'{"prompt": ', "JSON"),
-                                 ("deep.jsonl", b'{"prompt": ' + b"[" * 100000, "JSON")):
+                                 ("digits.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}", "JSON"), ("deep.jsonl", b'{"prompt": ' + b"[" * 100000, "JSON")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=words):
             main(["--prompts", str(tmp_path / name)])

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from model import Tokenizer
+from scripts import hf_tokenizer
 from scripts.hf_tokenizer import GPT2, LETTERS, from_folder, from_json, total
 from scripts.make_tokenizers import QWEN2, kinds, strings
 
@@ -141,6 +142,13 @@ def test_a_pattern_that_leaves_something_out():
     t = from_json(changed(model__vocab=vocab, model__merges=[["1", "2"]], added_tokens=[], pre_tokenizer__pretokenizers__0__pattern={"Regex": r"\p{L}+|\s+"}))
     assert t.pattern == pattern != r"\p{L}+|\s+" and t.decode(t.encode("a 12 b.")) == "a 12 b." and 256 in t.encode("a12")
     assert [total(p) for p in (GPT2, QWEN2)] == [GPT2, QWEN2]
+
+
+def test_a_pattern_without_an_end(monkeypatch):
+    """tests/fuzz.py found that a pattern like this kept the converter busy for good."""
+    monkeypatch.setattr(hf_tokenizer, "PATIENCE", 0.2)
+    with pytest.raises(ValueError, match="takes too long"):
+        total(r"(a+)+!|(?:\w+\s?)+!|(?:\S|\s)")
 
 
 def test_the_older_form(tmp_path):

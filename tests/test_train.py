@@ -174,6 +174,11 @@ def test_resume_refuses_what_it_cannot_go_on_with(tmp_path):
     torch.save({"x": 1}, tmp_path / "b.pt.train")
     assert "b.pt.train" in run("--resume", "--out", tmp_path / "b.pt", code=2).stderr
     state = torch.load(tmp_path / "a.pt.train")
+    for name, value in (("lr", None), ("ops", [1]), ("batch_size", -1), ("threads", "x")):  # tests/fuzz.py found tracebacks for these
+        kept = {**state["args"], name: value}
+        torch.save({**state, "args": {k: v for k, v in kept.items() if v is not None or k == "data"}}, tmp_path / "d.pt.train")
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} "):
+            t.main(["--resume", "--out", str(tmp_path / "d.pt")])
     torch.save({**state, "weights": {}}, tmp_path / "c.pt.train")
     assert "does not fit together" in run("--resume", "--out", tmp_path / "c.pt", code=2).stderr
 
@@ -190,7 +195,7 @@ def test_text_of_ones_own(tmp_path):
     (["--steps", "0"], "--steps is 0"), (["--steps", "x"], "x"), (["--preset", "huge"], "huge"), (["--data", "/no/such.txt"], "/no/such.txt"),
     (["--ops", "3", "1"], "--ops"), (["--ops", "9", "9"], "--ops"), (["--ops", "7", "7"], "--prompt-len"), (["--n-embd", "30", "--n-head", "4"], "n_embd 30"), (["--vocab", "100"], "--vocab is 100"),
     (["--resume", "--out", "/no/such.pt"], "/no/such.pt.train"), (["--out", "/no/such/folder/x.pt", "--steps", "1"], "/no/such/folder"), (["--what"], "--what"),
-    (["--gen-length", "32", "--block-length", "7"], "no multiple"), (["--seed", "-1"], "--seed"), (["--lr", "nan"], "--lr"),
+    (["--gen-length", "32", "--block-length", "7"], "no multiple"), (["--seed", "-1"], "--seed"), (["--lr", "nan"], "--lr"), (["--threads", "1000000000"], "1 to 1024"),
     pytest.param(["--device", "cuda"], "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
 ])
 def test_user_errors(flags, words, monkeypatch, tmp_path, capsys):
