@@ -510,8 +510,8 @@ def main(argv=None):
     return 0
 
 
-def launch(main, lower="lower --batch-size or the lengths"):
-    """Runs a script's main. What a user got wrong is one sentence on stderr and exit code 2. lower: what saves memory."""
+def launch(main):
+    """Runs a script's main. What a user got wrong is one sentence on stderr and exit code 2."""
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character shows its number
 
@@ -532,7 +532,7 @@ def launch(main, lower="lower --batch-size or the lengths"):
     except (RuntimeError, MemoryError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and not re.search("out of memory|ALLOC_FAILED|can't allocate memory", str(e)):
             raise
-        code = fail(f"there is not enough memory for this: {lower}")
+        code = fail("there is not enough memory for this: lower --batch-size, or the lengths")
     except OSError as e:  # stdout cannot be written; a pipe that is closed has seen enough, and is no fault
         code = 0 if isinstance(e, BrokenPipeError) else fail(f"cannot write the output: {e.strerror}")
         if sys.stdout:

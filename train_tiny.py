@@ -473,6 +473,8 @@ def main(argv=None):
         done = train(args, data, model, optimizers, state or {}, device, amp)
         if world > 1:
             dist.destroy_process_group()
+    except torch.OutOfMemoryError:
+        raise ValueError("there is not enough memory for this: raise --accumulate, or lower --batch-size or the sizes") from None
     except RuntimeError as e:
         if "gloo" not in str(e) and not isinstance(e, dist.DistError):
             raise
@@ -487,4 +489,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    launch(main, "raise --accumulate, or lower --batch-size or the sizes")
+    launch(main)
