@@ -198,3 +198,11 @@ def test_torchrun_answers_a_file(several, tmp_path):
     assert 0 < len(answers(path)) < 40
     assert several(3, "sample.py", *flags, path)[0] == [0, 0, 0] and several(1, "sample.py", *flags, tmp_path / "whole.jsonl")[0] == [0]
     assert answers(path) == answers(tmp_path / "whole.jsonl")
+
+
+def test_a_slice_of_the_campaign(tmp_path):
+    """Two kills of each kind; the second run goes on with a campaign that is there, and has nothing left to do."""
+    for _ in range(2):
+        p = subprocess.run([sys.executable, str(ROOT / "tests" / "campaign.py"), "--kills", "2", "--dir", str(tmp_path)], capture_output=True, text=True, timeout=280)
+        assert p.returncode == 0 and re.search(r"^training +2 +\d +0 +0 +0$", p.stdout, re.M) and re.search(r"^answering +2 +\d +0 +0 +0$", p.stdout, re.M), p.stdout + p.stderr
+    assert len(list(tmp_path.glob("kills-0.jsonl"))) == 1
