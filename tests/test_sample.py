@@ -306,3 +306,34 @@ def test_prompt_files_that_cannot_be_read(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_asked_for_and_absent():
     assert "CUDA" in sample("--device", "cuda", code=2).err
+
+
+def test_sigterm_while_a_file_is_answered(tmp_path, bare, monkeypatch, capsys):
+    """As Ctrl-C: exit code 130, one sentence, and the same command goes on."""
+    import signal
+
+    import sample as s
+    out, real = tmp_path / "o.jsonl", s.generate
+    flags = ["--ckpt", str(bare), "--ids", "3,4", "--cache", "all", "--gen-length", "8", "--out", str(out)]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        monkeypatch.setattr(s, "generate", lambda *a, **how: os.kill(os.getpid(), number) or real(*a, **how))
+        with pytest.raises(SystemExit) as e:
+            launch(lambda: main(flags))
+        assert e.value.code == 130 and capsys.readouterr().err == f"stopped; the same command goes on behind what --out {out} holds\n" and not out.read_text()
+    monkeypatch.setattr(s, "generate", real)
+    assert said_by(*flags) == f"{out}: 1 prompts answered\n"
+
+
+def test_out_of_memory_is_one_sentence(bare, monkeypatch, capsys):
+    import sample as s
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    for e in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")):
+        def generate(*a, **how):
+            raise e
+        monkeypatch.setattr(s, "generate", generate)
+        with pytest.raises(SystemExit) as exit:
+            launch(lambda: main(["--ckpt", str(bare), "--ids", "3,4", "--gen-length", "8"]))
+        assert exit.value.code == 2 and capsys.readouterr().err == "sample.py: there is not enough memory for this: lower --batch-size, or the lengths\n"
+    monkeypatch.setattr(s, "generate", lambda *a, **how: [][0])  # anything else is a fault of ours, and shows itself
+    with pytest.raises(IndexError):
+        launch(lambda: main(["--ckpt", str(bare), "--ids", "3,4", "--gen-length", "8"]))
