@@ -65,7 +65,7 @@ def parse_args(argv):
     g = p.add_argument_group("running")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: float32 below a billion parameters, else as stored")
+    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: float32 below a billion parameters (on a CPU with AMX below ten million, and bfloat16 in between), else as stored")
     g.add_argument("--batch-size", type=int, default=8, metavar="PROMPTS", help="prompts answered at once (8)")
     g.add_argument("--json", action="store_true", help="one JSON object per prompt and cache on stdout, nothing else")
     g.add_argument("--out", metavar="FILE", help="the same objects into a file; if it has some already, goes on behind them")
@@ -133,9 +133,10 @@ def load_checkpoint(name, device, dtype, yes=False):
             convert(fetch(HUB[name], path, ask_user(yes)), path, name=name)
     model, tokenizer = load(path)
     if dtype == "auto":
-        small = sum(p.numel() for p in model.parameters()) < 1e9
-        dtype = "float32" if small else None
-        if not small and device == "cpu":
+        size = sum(p.numel() for p in model.parameters())
+        amx = device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
+        dtype = "float32" if size < (1e7 if amx else 1e9) else "bfloat16" if size < 1e9 else None
+        if size >= 1e9 and device == "cpu":
             print("note: a model of this size on a CPU takes seconds a step; --device cuda says so where torch finds no GPU", file=sys.stderr)
     return model.to(device=device, dtype=getattr(torch, dtype) if dtype else None), tokenizer
 

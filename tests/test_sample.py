@@ -16,7 +16,7 @@ from conftest import ROOT, random_model
 
 from dkv_min import generate
 from model import Tokenizer, load, save
-from sample import N_DEMO, encode, launch, main
+from sample import N_DEMO, encode, launch, load_checkpoint, main
 from train_tiny import PATTERN, build_tokenizer, side
 
 QUESTION = "Anna has 3 boxes of 4 pens. Monday she loses 5. How many pens are left?"
@@ -337,3 +337,13 @@ def test_out_of_memory_is_one_sentence(bare, monkeypatch, capsys):
     monkeypatch.setattr(s, "generate", lambda *a, **how: [][0])  # anything else is a fault of ours, and shows itself
     with pytest.raises(IndexError):
         launch(lambda: main(["--ckpt", str(bare), "--ids", "3,4", "--gen-length", "8"]))
+
+
+@pytest.mark.parametrize("amx, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bfloat16_where_a_cpu_multiplies_in_it(tmp_path, monkeypatch, amx, dtype):
+    """From ten million parameters on: below, small operations take the time, and answers should be the same everywhere."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    save(tmp_path / "a.pt", random_model(dtype=torch.float32, vocab_size=160_000, n_vocab=160_000))
+    assert load_checkpoint(str(tmp_path / "a.pt"), "cpu", "auto")[0].wte.weight.dtype == dtype
+    save(tmp_path / "b.pt", random_model(dtype=torch.bfloat16))
+    assert load_checkpoint(str(tmp_path / "b.pt"), "cpu", "auto")[0].wte.weight.dtype == torch.float32
