@@ -407,8 +407,9 @@ def train(args, data, model, optimizers, state, device, amp):
         net.config = model.config
     stopped = []  # Ctrl-C and SIGTERM end the run between two steps: what is saved is a state that an unbroken run passes through
     defaults = [(number, signal.signal(number, lambda *_: stopped.append(True))) for number in (signal.SIGINT, signal.SIGTERM)]
-    for left in glob.glob(glob.escape(args.out) + ".*.tmp") if rank == 0 else []:  # of a run that was killed while it saved
-        os.remove(left)
+    for path in (args.out, args.out + ".train") if rank == 0 else ():
+        for left in glob.glob(glob.escape(path) + ".[0-9]*.tmp"):  # of a run that was killed while it saved
+            os.remove(left)
 
     def keep(step):
         save_file(args.out + ".train", {"args": vars(args), "step": step, "best": best, "weights": model.state_dict(),

@@ -174,6 +174,9 @@ def test_the_answers_of_several_processes_are_those_of_one(several, job, tmp_pat
             assert 3 <= [who for who, _ in ran].count(slow) <= 9
     codes, out, _ = several(2, "sample.py", *job, "--out", path)  # all of it is there
     assert codes == [0, 0] and out[0].endswith("11 of them before\n") and answers(path) == answers(tmp_path / "1[0].jsonl")
+    path.write_text("precious\n")
+    codes, out, err = several(2, "sample.py", *job, "--out", path)
+    assert codes[0] == 2 and len(sentences(err)) == 1 and "line 1 of --out" in sentences(err)[0] and path.read_text() == "precious\n", (codes, err)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
