@@ -380,6 +380,8 @@ def load_file(path):
     such file: ValueError."""
     try:
         size = os.path.getsize(path)
+        if not os.path.isfile(path):
+            raise ValueError("it is a directory or a device")
         with zipfile.ZipFile(path) as z:
             records = z.infolist()
             indexes = [r for r in records if r.filename.lower().endswith(".pkl")]

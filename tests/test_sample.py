@@ -166,7 +166,7 @@ def test_a_full_disk_is_one_sentence():
 
 
 WRONG = [
-    (["--ckpt", "nothing"], "nothing"), (["--ckpt", str(ROOT / "README.md")], "README.md"), (["--ckpt", str(ROOT)], "directory"), (["--chat", "--json"], "--chat"), (["--json", "--out", "x"], "--out"), (["--out", "/nowhere/x"], "--out"), (["--out", "/dev/full"], "device"), (["--out", ""], "--out"), (["--prompts", __file__, "--out", __file__], "--out"),
+    (["--ckpt", "nothing"], "nothing"), (["--ckpt", str(ROOT / "README.md")], "README.md"), (["--ckpt", str(ROOT)], "directory"), (["--ckpt", "/dev/zero"], "device"), (["--chat", "--json"], "--chat"), (["--json", "--out", "x"], "--out"), (["--out", "/nowhere/x"], "--out"), (["--out", "/dev/full"], "device"), (["--out", ""], "--out"), (["--prompts", __file__, "--out", __file__], "--out"),
     (["--prompts", "/no/such"], "/no/such"), (["--prompts", str(ROOT)], "directory"), (["--ids", "1,x"], "1,x"), (["--ids", "999999"], "999999"), (["--ids", ""], "--ids"),
     (["--prompt", ""], "empty"), (["--prompt", "caf\udce9"], "UTF-8"), (["--prompt", "\udce9" * 5000], "UTF-8"), (["--ids", "x" * 5000], "--ids"), (["--cache", "fast"], "fast"), (["--refresh", "0"], "--refresh"), (["--refresh", "often"], "often"),
     (["--gen-length", "0"], "gen_length is 0"), (["--gen-length", "10", "--block-length", "4"], "no multiple"), (["--steps", "7", "--block-length", "8"], "steps"),
