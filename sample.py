@@ -4,18 +4,24 @@ python sample.py                                          held-out questions, ev
 python sample.py --prompt "Anna has 7 boxes of 8 pens. Monday she loses 9. Tuesday she finds 3 more. Wednesday she lends 6. How many pens are left?"
 python sample.py --watch                                  see which positions each step runs
 python sample.py --prompts questions.txt --out answers.jsonl    goes on where it was interrupted
+torchrun --standalone --nproc_per_node=2 sample.py --prompts questions.txt --out answers.jsonl    the same file, from two processes
 python sample.py --ckpt llada --cache decode              LLaDA-8B; fetches and converts it first (16 GB), if you say so
 python sample.py --ckpt llada --chat
 """
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
+import re
+import signal
 import statistics
 import sys
+import time
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from dkv_min import CACHES, REFRESH, REMASKING, check, check_prompts, generate
@@ -59,7 +65,7 @@ def parse_args(argv):
     g = p.add_argument_group("running")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: float32 below a billion parameters, else as stored")
+    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: float32 below a billion parameters (on a CPU with AMX below ten million, and bfloat16 in between), else as stored")
     g.add_argument("--batch-size", type=int, default=8, metavar="PROMPTS", help="prompts answered at once (8)")
     g.add_argument("--json", action="store_true", help="one JSON object per prompt and cache on stdout, nothing else")
     g.add_argument("--out", metavar="FILE", help="the same objects into a file; if it has some already, goes on behind them")
@@ -88,7 +94,32 @@ def parse_args(argv):
 def pick_device(name):
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here, so use --device cpu")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+    if name == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    local, n = int(os.environ.get("LOCAL_RANK", 0)) if ranks()[1] > 1 else 0, torch.cuda.device_count()
+    if local >= n:
+        raise ValueError(f"there are more processes than the {n} GPUs here: give torchrun --nproc_per_node={n}, or --device cpu")
+    torch.cuda.set_device(local)
+    return "cuda"
+
+
+def ranks():
+    """-> the number of this process and how many there are, as torchrun says; 0 and 1 without it."""
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "TORCHELASTIC_RUN_ID" in os.environ else (0, 1)
+
+
+@functools.cache
+def store():
+    """What the processes of a torchrun share: a few keys and counters, kept by torchrun."""
+    return next(dist.rendezvous("env://"))[0]
+
+
+def first_to_speak():
+    """Whether this process tells the user what is wrong: of several the first, as what the others meet is mostly its consequence."""
+    try:
+        return ranks()[1] == 1 or store().add("spoken", 1) == 1
+    except (RuntimeError, ValueError):  # torchrun is gone
+        return True
 
 
 def load_checkpoint(name, device, dtype, yes=False):
@@ -102,9 +133,10 @@ def load_checkpoint(name, device, dtype, yes=False):
             convert(fetch(HUB[name], path, ask_user(yes)), path, name=name)
     model, tokenizer = load(path)
     if dtype == "auto":
-        small = sum(p.numel() for p in model.parameters()) < 1e9
-        dtype = "float32" if small else None
-        if not small and device == "cpu":
+        size = sum(p.numel() for p in model.parameters())
+        amx = device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
+        dtype = "float32" if size < (1e7 if amx else 1e9) else "bfloat16" if size < 1e9 else None
+        if size >= 1e9 and device == "cpu":
             print("note: a model of this size on a CPU takes seconds a step; --device cuda says so where torch finds no GPU", file=sys.stderr)
     return model.to(device=device, dtype=getattr(torch, dtype) if dtype else None), tokenizer
 
@@ -243,18 +275,19 @@ def draws(args, index):
     return torch.Generator().manual_seed(random.Random(f"{args.seed} {index}").getrandbits(32))
 
 
-def answer(model, tokenizer, questions, runs, args, repeats, first=0, show=None):
+def answer(model, tokenizer, questions, runs, args, repeats, first=0, show=None, share=iter):
     """Answers the questions from number `first` on with every run, in turn, batch by batch; show(objects) gets those of
-    --json after each batch.
+    --json after each batch. share(batches) picks those that this process answers, of several.
     -> answers[run][question] = (ids, Result of its batch, row in it), seconds[run]: medians of the repeats"""
     answers = [[None] * len(questions) for _ in runs]
     seconds = [[0.0] * repeats for _ in runs]
     batches = range(first, len(questions), args.batch_size)
     model(torch.full((1, 8), model.config.mask_id, device=model.wte.weight.device))  # a first call is slow: not to be timed
-    bar = tqdm(total=sum(how["steps"] for how, _ in runs) * len(batches) * repeats, unit="step", disable=None if args.watch is None else True, leave=False)
-    model.register_forward_hook(lambda *_: bar.update())
+    rank, world = ranks()
+    bar = tqdm(total=sum(how["steps"] for how, _ in runs) * len(batches) * repeats, unit="step", disable=True if rank or args.watch is not None else None, leave=False)
+    model.register_forward_hook(lambda *_: bar.update(world))  # the others are about as far
     for repeat in range(repeats):
-        for first in batches:
+        for first in share(batches):
             part = questions[first:first + args.batch_size]
             for i, (how, _) in enumerate(runs):
                 bar.set_description(f"{name(how)}, prompt {first + 1} of {len(questions)}")
@@ -323,24 +356,64 @@ def continue_file(path, heads):
 
 
 def answer_file(model, tokenizer, questions, runs, args):
-    """--out: the answers that the file lacks, batch by batch."""
-    f, n = continue_file(args.out, [head(j, q, how, args) for j, q in enumerate(questions) for how, _ in runs])
-    there = n // len(runs)  # prompts
-    if n % len(runs):
-        f.seek(0)
-        f.truncate(sum(len(next(f)) for _ in range(there * len(runs))))
+    """--out: the answers that the file lacks, batch by batch. Of several processes each takes the next batch that is free, so
+    that a slow one holds up nobody, and the first writes what all have answered, in order."""
+    rank, world = ranks()
+    f, there = None, 0  # there: prompts that are answered already
+    if rank == 0:
+        f, n = continue_file(args.out, [head(j, q, how, args) for j, q in enumerate(questions) for how, _ in runs])
+        there = n // len(runs)
+        if n % len(runs):
+            f.seek(0)
+            f.truncate(sum(len(next(f)) for _ in range(there * len(runs))))
 
-    def show(objects):
-        f.write("".join(json.dumps(o) + "\n" for o in objects).encode())
+    def write(text):
+        f.write(text)
         f.flush()
         os.fsync(f.fileno())
 
+    def take(batches):
+        while (i := store().add("taken", 1) - 1) < len(batches):
+            yield batches[i]
+
+    def fetch(key):
+        while not store().check([key]):
+            time.sleep(0.02)  # rather than to wait in the store, where no signal is heard
+        return store().get(key)
+
+    def write_next(wait):
+        while to_write and (wait or store().check([f"batch {to_write[0]}"])):
+            write(fetch(f"batch {to_write[0]}"))
+            store().delete_key(f"batch {to_write.pop(0)}")
+
+    def show(objects):
+        text = "".join(json.dumps(o) + "\n" for o in objects).encode()
+        if world == 1:
+            return write(text)
+        store().set(f"batch {objects[0]['index']}", text)
+        if rank == 0:
+            write_next(wait=False)
+
     try:
-        with f:
-            answer(model, tokenizer, questions, runs, args, 1, there, show)
+        with f or contextlib.nullcontext():
+            if world > 1:
+                if rank == 0:
+                    store().set("there", str(there))
+                there = int(fetch("there"))
+            to_write = [*range(there, len(questions), args.batch_size)]
+            answer(model, tokenizer, questions, runs, args, 1, there, show, iter if world == 1 else take)
+            if rank == 0 and world > 1:
+                write_next(wait=True)
     except OSError as e:
         raise ValueError(f"cannot write --out {args.out}: {e.strerror}; what it holds is kept") from None
-    print(f"{args.out}: {len(questions)} prompts answered" + (f", {there} of them before" if there else ""))
+    except dist.DistError:
+        raise ValueError(f"torchrun has ended before its processes; the same command goes on behind what --out {args.out} holds") from None
+    except (KeyboardInterrupt, SystemExit):
+        if first_to_speak():
+            print(f"stopped; the same command goes on behind what --out {args.out} holds", file=sys.stderr)
+        raise
+    if rank == 0:
+        print(f"{args.out}: {len(questions)} prompts answered" + (f", {there} of them before" if there else ""))
     return 0
 
 
@@ -393,6 +466,8 @@ def chat(model, tokenizer, how, args):
 
 def main(argv=None):
     args = parse_args(argv)
+    if ranks()[1] > 1 and (not args.out or args.prompts == "-"):
+        raise ValueError("several processes answer a file of prompts into another: give --prompts FILE and --out FILE, or leave out torchrun")
     texts, ids = read_prompts(args), parse_ids(args.ids)  # what is wrong with these is said before 16 GB are fetched
     if args.chat and not (sys.stdin and sys.stdout):
         raise ValueError("--chat needs an open stdin and stdout")
@@ -440,20 +515,28 @@ def launch(main):
     """Runs a script's main. What a user got wrong is one sentence on stderr and exit code 2."""
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character shows its number
+
+    def fail(sentence):
+        if first_to_speak():
+            sentence = printable(str(sentence)).replace("\n", "\\n")  # it may quote a file or a flag
+            print("\n" * (ranks()[1] > 1) + f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)  # the bar of a process that is gone stands there
+        return 2
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # as Ctrl-C, but ends a chat too
     try:
         code = main()
         if sys.stdout:
             sys.stdout.flush()
     except ValueError as e:
-        sentence = printable(str(e)).replace("\n", "\\n")  # it may quote a file or a flag
-        print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
-        code = 2
+        code = fail(e)
     except KeyboardInterrupt:
         code = 130
+    except (RuntimeError, MemoryError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and not re.search("out of memory|ALLOC_FAILED|can't allocate memory", str(e)):
+            raise
+        code = fail("there is not enough memory for this: lower --batch-size, or the lengths")
     except OSError as e:  # stdout cannot be written; a pipe that is closed has seen enough, and is no fault
-        code = 0 if isinstance(e, BrokenPipeError) else 2
-        if code:
-            print(f"{os.path.basename(sys.argv[0])}: cannot write the output: {e.strerror}", file=sys.stderr)
+        code = 0 if isinstance(e, BrokenPipeError) else fail(f"cannot write the output: {e.strerror}")
         if sys.stdout:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

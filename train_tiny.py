@@ -4,12 +4,15 @@ python train_tiny.py                       word problems, preset quick -> toy.pt
 python train_tiny.py --preset bundled      the model that the repository ships
 python train_tiny.py --data my.txt         any UTF-8 text instead
 python train_tiny.py --resume              go on where toy.pt.train stopped (Ctrl-C, kill -9, power cut)
+torchrun --standalone --nproc_per_node=2 train_tiny.py    two processes, each with half of every batch
 
 The word problems are made here, so that answers can be checked and nothing has to be downloaded. A question gives a few
 numbers, the worked answer computes with them one after the other; each result needs the one before it. Whatever decodes
 the answer has to respect that order, and that is what makes the toy a test of caches and of decoding orders.
 """
 import argparse
+import contextlib
+import glob
 import math
 import os
 import random
@@ -21,11 +24,12 @@ from collections import Counter, defaultdict
 
 import regex  # tiktoken brings it along; the standard re knows neither \p{L} nor possessive quantifiers
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from dkv_min import generate
 from model import Config, DiffusionLM, Tokenizer, diffusion_loss, diffusion_noise, load, load_file, save, save_file
-from sample import Parser, cut, is_right, launch, pick_device
+from sample import Parser, cut, is_right, launch, pick_device, ranks, store
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the word problems
@@ -273,10 +277,10 @@ PRESETS = {
     "quick": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=40, gen_length=32, block_length=32, ops=[1, 2], steps=2000, batch_size=64),
     "bundled": dict(n_layer=3, n_head=4, n_embd=256, prompt_len=64, gen_length=64, block_length=32, ops=[3, 5], steps=4000, batch_size=64, sums=0.08),
 }
-DEFAULTS = dict(out="toy.pt", preset="quick", eval=100, vocab=512, lr=0.01, lr_adam=0.003, sums=0.1, val_every=250, seed=1, device="auto", amp="auto")
-MINIMUM = dict(n_layer=1, n_head=1, n_embd=2, prompt_len=1, gen_length=2, block_length=1, vocab=258, steps=1, batch_size=1, val_every=1, threads=1,
+DEFAULTS = dict(out="toy.pt", preset="quick", eval=100, vocab=512, lr=0.01, lr_adam=0.003, sums=0.1, val_every=250, save_minutes=5, accumulate=1, seed=1, device="auto", amp="auto")
+MINIMUM = dict(n_layer=1, n_head=1, n_embd=2, prompt_len=1, gen_length=2, block_length=1, vocab=258, steps=1, batch_size=1, val_every=1, threads=1, accumulate=1, save_minutes=0,
                eval=0, seed=0, lr=0, lr_adam=0, sums=0)
-FREE_TO_CHANGE = ("out", "eval", "device", "threads", "amp")  # by a resumed run
+FREE_TO_CHANGE = ("out", "eval", "device", "threads", "amp", "accumulate", "save_minutes")  # by a resumed run
 
 
 def parse_args(argv=None):
@@ -299,10 +303,12 @@ def parse_args(argv=None):
     g = p.add_argument_group("optimization")
     g.add_argument("--steps", type=int, help="(the preset's)")
     g.add_argument("--batch-size", type=int, metavar="ROWS", help="(the preset's)")
+    g.add_argument("--accumulate", type=int, metavar="PARTS", help="run a batch in so many parts, one after the other, which saves memory (1)")
     g.add_argument("--lr", type=float, help="Muon's, for the matrices (0.01)")
     g.add_argument("--lr-adam", type=float, help="AdamW's, for embedding, head and norms (0.003)")
     g.add_argument("--sums", type=float, metavar="SHARE", help="share of the steps, at the start, that see bare sums only (0.1)")
     g.add_argument("--val-every", type=int, metavar="STEPS", help="validate and save (250)")
+    g.add_argument("--save-minutes", type=float, metavar="MINUTES", help="save in between what --resume needs (5)")
     g.add_argument("--seed", type=int, help="(1)")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], help="(auto)")
     g.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
@@ -313,7 +319,7 @@ def parse_args(argv=None):
         state = load_state(given.get("out", DEFAULTS["out"]) + ".train")
         if fixed := sorted(set(given) - set(FREE_TO_CHANGE)):
             raise ValueError(f"--resume goes on with the flags that the run was started with: leave out --{fixed[0].replace('_', '-')}")
-        args = argparse.Namespace(**{**state["args"], **given})
+        args = argparse.Namespace(**{**DEFAULTS, **state["args"], **given})
     else:
         args = argparse.Namespace(**{**vars(args), **DEFAULTS, **PRESETS[given.get("preset", DEFAULTS["preset"])], **given})
     for name, low in MINIMUM.items():
@@ -348,6 +354,25 @@ def build(args, data, device):
                    torch.optim.AdamW(others, lr=args.lr_adam, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
+def matmul_peak(device, dtype, n):
+    """Multiplications and additions a second in a product of n x n matrices: what a step is measured by."""
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - began)
+    return 2 * n**3 / min(times)
+
+
+def flops(config, T):
+    """Multiplications and additions for a token in a row of T, there and back: 6 for each weight but the embedding's, and
+    the attention's. The loss saves some of the last layer's."""
+    c = config
+    weights = c.n_layer * (2 * c.n_embd * (c.n_embd + c.n_kv_head * c.head_dim) + 3 * c.n_embd * c.n_ff) + c.n_embd * c.vocab_size
+    return 6 * weights + 12 * c.n_layer * c.n_embd * T
+
+
 def load_state(path):
     """What FILE.train keeps: flags, weights, optimizers, the number of steps taken. Random numbers need no state: those of
     a step are drawn from (seed, step)."""
@@ -373,58 +398,87 @@ def save_model(path, model, data):
 
 def train(args, data, model, optimizers, state, device, amp):
     """Trains up to args.steps, saving the model whenever its validation loss is the best so far, and what --resume needs.
+    Of several processes each runs its rows of every batch, and the first one validates, saves and prints.
     -> True, or False if it was interrupted."""
-    best, rates = state.get("best", float("inf")), [args.lr, args.lr_adam]
-    stopped = []  # Ctrl-C ends the run between two steps: what is saved is a state that an unbroken run passes through
-    default = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
+    best, rates, (rank, world), parent = state.get("best", float("inf")), [args.lr, args.lr_adam], ranks(), os.getppid()
+    net = model
+    if world > 1:  # the same model, whose backward averages the gradients of all processes
+        net = torch.nn.parallel.DistributedDataParallel(model)
+        net.config = model.config
+    stopped = []  # Ctrl-C and SIGTERM end the run between two steps: what is saved is a state that an unbroken run passes through
+    defaults = [(number, signal.signal(number, lambda *_: stopped.append(True))) for number in (signal.SIGINT, signal.SIGTERM)]
+    for left in glob.glob(glob.escape(args.out) + ".*.tmp") if rank == 0 else []:  # of a run that was killed while it saved
+        os.remove(left)
 
     def keep(step):
         save_file(args.out + ".train", {"args": vars(args), "step": step, "best": best, "weights": model.state_dict(),
                                         "optimizers": [o.state_dict() for o in optimizers]})
 
-    smooth, first = None, state.get("step", 0)
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+    def check(name, value, step):
+        if not math.isfinite(value):
+            raise ValueError(f"the {name} is {value} at step {step}: lower --lr and start again; {args.out} keeps the best model so far")
+
+    smooth, first, saved = None, state.get("step", 0), time.time()
+    peak = matmul_peak(device, torch.bfloat16 if amp else torch.float32, 4096 if device == "cuda" else 1024)
+    parts = torch.arange(args.batch_size).tensor_split(world * args.accumulate)[rank * args.accumulate:][:args.accumulate]
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30, disable=rank > 0)
     for step in bar:
         began = time.time()
         scale = min(1, (step + 1) / 100, 2 * (args.steps - step) / args.steps)  # warm up, hold, from the middle on down to 0
         for optimizer, rate in zip(optimizers, rates):
             for group in optimizer.param_groups:
                 group["lr"] = rate * scale
-        batch = [t if t is None else t.to(device) for t in data.batch(step)]
-        with torch.autocast(device, torch.bfloat16, enabled=amp):
-            loss = diffusion_loss(model, *batch)
-        loss.backward()
-        if not math.isfinite(loss.item()):
-            raise ValueError(f"the loss is {loss.item()} at step {step}: lower --lr and start again; {args.out} keeps the best model so far")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        batch, total = data.batch(step), 0.0
+        for rows in parts:
+            with net.no_sync() if world > 1 and rows is not parts[-1] else contextlib.nullcontext():
+                with torch.autocast(device, torch.bfloat16, enabled=amp):
+                    loss = diffusion_loss(net, *(t if t is None else t[rows].to(device) for t in batch)) * (len(rows) / args.batch_size)
+                (loss * world).backward()  # as the gradients are averaged, and not summed, over the processes
+            total = total + loss.detach()
+        orphan = world > 1 and os.getppid() != parent  # torchrun is gone
+        told = torch.stack([total, torch.tensor(float(bool(stopped or orphan)), device=device)])
+        if world > 1:  # the loss of all rows; and all stop at the same step
+            dist.all_reduce(told)
+        loss, stop = told.tolist()
+        check("loss", loss, step)
+        if rank == 0 and (stop or time.time() - saved >= 60 * args.save_minutes):  # here, where the loss has shown that the weights are sound
+            if stop and best == float("inf"):  # nothing validated yet: a model that hardly learned is better than none
+                save_model(args.out, model, data)
+            keep(step)
+            saved = time.time()
+        if stop:
+            bar.close()
+            if rank == 0:
+                print(f"stopped after {step} steps; to go on: python train_tiny.py --resume --out {args.out}")
+            return False
+        check("gradient", torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item(), step)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        bar.set_postfix_str(f"loss {smooth:.3f}, {batch[0].numel() / (time.time() - began):,.0f} tokens/s", refresh=False)
-        if (step + 1) % args.val_every == 0 or step + 1 == args.steps:
+        smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+        speed = batch[0].numel() / (time.time() - began)
+        bar.set_postfix_str(f"loss {smooth:.3f}, {speed:,.0f} tokens/s, {speed / world * flops(model.config, batch[0].shape[1]) / peak:.0%} of the matmul peak", refresh=False)
+        if rank == 0 and ((step + 1) % args.val_every == 0 or step + 1 == args.steps):
             val = validate(model, data.val, device, amp)
+            check("validation loss", val, step + 1)
             bar.write(f"step {step + 1}: validation {val:.4f} nats per token")
             if val < best:
                 best = val
                 save_model(args.out, model, data)
             keep(step + 1)
-        elif stopped:
-            if best == float("inf"):  # nothing validated yet: a model that hardly learned is better than none
-                save_model(args.out, model, data)
-            keep(step + 1)
-        if stopped:
-            bar.close()
-            print(f"stopped after step {step + 1}; to go on: python train_tiny.py --resume --out {args.out}")
-            return False
-    signal.signal(signal.SIGINT, default)
-    print(f"best validation {best:.4f} nats per token" + (f", {best / data.bytes_per_token:.4f} nats per byte" if args.data else "") + f": {args.out}")
+            saved = time.time()
+    for number, default in defaults:
+        signal.signal(number, default)
+    if rank == 0:
+        print(f"best validation {best:.4f} nats per token" + (f", {best / data.bytes_per_token:.4f} nats per byte" if args.data else "") + f": {args.out}")
     return True
 
 
 def main(argv=None):
     args, state = parse_args(argv)
-    device = pick_device(args.device)
+    device, (rank, world) = pick_device(args.device), ranks()
+    if args.batch_size < world * args.accumulate:
+        raise ValueError(f"--batch-size {args.batch_size} is too small for {world} processes with --accumulate {args.accumulate}: every part needs a row")
     if args.threads:
         torch.set_num_threads(args.threads)
     cpu = torch.cpu.get_capabilities()
@@ -438,10 +492,25 @@ def main(argv=None):
                 optimizer.load_state_dict(kept)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{args.out}.train does not fit together: start again without --resume") from None
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.steps} steps of {args.batch_size} rows of {args.prompt_len + args.gen_length} tokens, "
-          f"{device}, {torch.get_num_threads()} threads, {'bfloat16 autocast' if amp else 'float32'}")
-    if not train(args, data, model, optimizers, state or {}, device, amp):
+    if rank == 0:
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.steps} steps of {args.batch_size} rows of {args.prompt_len + args.gen_length} tokens, "
+              f"{device}, {f'{world} processes with ' if world > 1 else ''}{torch.get_num_threads()} threads, {'bfloat16 autocast' if amp else 'float32'}", flush=True)
+    try:
+        if world > 1:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store(), rank=rank, world_size=world)
+        done = train(args, data, model, optimizers, state or {}, device, amp)
+        if world > 1:
+            dist.destroy_process_group()
+    except torch.OutOfMemoryError:
+        raise ValueError("there is not enough memory for this: raise --accumulate, or lower --batch-size or the sizes") from None
+    except RuntimeError as e:
+        if "gloo" not in str(e) and not isinstance(e, dist.DistError):
+            raise
+        raise ValueError(f"another process of this run has ended, and the run with it; {args.out}.train keeps the last save: go on with train_tiny.py --resume --out {args.out}") from None
+    if not done:
         return 130
+    if rank > 0:
+        return 0
     if args.eval and not args.data:
         exact_answers(args.out, min(args.eval, len(data.extra["problems"])), device)
     return 0

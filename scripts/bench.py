@@ -132,13 +132,6 @@ def bandwidth(device):
     return x.nbytes / fastest(device, x.sum)
 
 
-def matmul_peak(device, dtype):
-    """Multiplications and additions a second in a large matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return 2 * n**3 / fastest(device, lambda: a @ b)
-
-
 def work(c, B, n, m, T):
     """Multiplications of a forward that runs n positions, needs logits of m and attends to T."""
     qkv = c.n_embd**2 + 2 * c.n_embd * c.n_kv_head * c.head_dim
@@ -280,7 +273,7 @@ def conditions(args, device, dtype, **more):
 
 def machine(device, dtype):
     """Measures and prints -> bytes read a second, multiplications and additions a second in the run's dtype."""
-    speed, peaks = bandwidth(device), {d: matmul_peak(device, d) for d in dict.fromkeys((torch.float32, dtype))}
+    speed, peaks = bandwidth(device), {d: train_tiny.matmul_peak(device, d, 8192 if device.type == "cuda" else 2048) for d in dict.fromkeys((torch.float32, dtype))}
     print(f"memory is read at {speed / 1e9:.1f} GB/s; matrix products do " + ", ".join(f"{p / 1e9:,.0f} GFLOP/s in {str(d)[6:]}" for d, p in peaks.items()), flush=True)
     return speed, peaks[dtype]
 

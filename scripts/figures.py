@@ -31,7 +31,7 @@ from scripts.watch import MARKS, marks_of  # noqa: E402
 
 BEFORE, AFTER = 8, 16  # steps around the decoding
 PARTS = ("map", "settle", "speed", "length", "quality")
-REFRESHES = (2, 4, 8, 16, NEVER)
+REFRESHES = (2, 4, 8, NEVER)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # measuring
@@ -151,7 +151,7 @@ def quality_runs(model):
     for r in refreshes:
         for delay in (True, False):
             found += [dict(cache="decode", remasking="low_confidence", refresh=r, delay=delay)]
-            found += [dict(cache="greedy", remasking=known, refresh=r, window=w, delay=delay) for w in (4, 2, 0)]
+            found += [dict(cache="greedy", remasking=known, refresh=r, window=w, delay=delay) for w in (4, 0)]
     return found
 
 

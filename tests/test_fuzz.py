@@ -41,10 +41,10 @@ def test_the_limits_hold(box):
         while True:
             pass
     for job, words in ((lambda: bytearray(2 * fuzz.MEMORY), "took 2"), (endless, "SIGKILL"), (lambda: os.abort(), "SIGABRT"), (lambda: 1 / 0, "ZeroDivisionError"), (lambda: os.write(2, b"warning\n"), "stderr has 'warning"),
-                       (lambda: sample.launch(lambda: exec("raise ValueError('DefaultCPUAllocator: not enough memory')")), "only a limit")):
+                       (fuzz.call(lambda _: exec("raise ValueError('DefaultCPUAllocator: not enough memory')"), "sample.py", []), "only a limit")):
         with pytest.raises(AssertionError, match=words):
             said(box, job, seconds=1 if job is endless else 10)
-    assert said(box, lambda: sample.launch(lambda: exec("raise ValueError('so it is')"))) == "so it is"
+    assert said(box, fuzz.call(lambda _: exec("raise ValueError('so it is')"), "sample.py", [])) == "so it is"
     assert said(box, lambda: print("fine")) is None
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import random_model
 
 import model as m
-from dkv_min import KVCache
+from dkv_min import KVCache, generate
 from train_tiny import build_tokenizer
 
 
@@ -41,6 +41,54 @@ def test_running_some_positions_against_the_cache_of_all(model):
     whole = model(x, cache=cache)
     some = model(x.gather(1, pos), pos, cache)
     assert (some - m.gather_rows(whole, pos)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype, n_kv_head, bias", [(torch.float32, 4, False), (torch.float32, 2, True), (torch.bfloat16, 4, False)])
+def test_packed_products_are_the_same(dtype, n_kv_head, bias):
+    model, x = random_model(dtype=dtype, n_kv_head=n_kv_head, qkv_bias=bias), tokens_for(random_model())
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.data.normal_(generator=torch.Generator().manual_seed(2))
+    plain = model(x)
+    with pytest.raises(KeyError), m.packed(model):
+        with m.packed(model):  # of two, one inside the other, the outer one packs and unpacks
+            assert model.head.blocks is not None
+        assert model.head.blocks is not None
+        difference = (model(x) - plain).abs().max() / plain.abs().max()
+        assert difference < (1e-5 if dtype == torch.float32 else 0.05), f"largest difference {difference}"
+        raise KeyError
+    assert all(layer.blocks is None for layer in model.modules() if isinstance(layer, m.Linear))
+    assert torch.equal(model(x), plain)
+
+
+def test_nothing_is_packed_where_it_does_not_pay(model):
+    with m.packed(model), m.packed(object()):  # float64; no model at all
+        assert model.head.blocks is None
+
+
+def test_generate_sees_weights_that_change():
+    """What is packed does not outlive a call."""
+    model, how = random_model(dtype=torch.float32), dict(gen_length=8, cache="decode")
+    before = generate(model, [[3, 4, 5]], **how).tokens
+    model.head.weight.data.neg_()
+    assert generate(model, [[3, 4, 5]], **how).tokens != before
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_attention_in_training_on_a_cpu(padded):
+    """bfloat16 with gradients goes another way than float32; both come to the same, there and back."""
+    pad, losses, gradients = torch.tensor([0, 4, 7]) if padded else None, [], []
+    x = tokens_for(random_model(), B=3)
+    masked, weight = m.diffusion_noise(torch.arange(20).expand(3, 20) < 8, generator=torch.Generator().manual_seed(3))
+    for amp in (False, True):
+        model = random_model(dtype=torch.float32).train().requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss = m.diffusion_loss(model, x, masked, weight, pad)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
 
 def test_left_padding_changes_nothing(model):

@@ -16,7 +16,7 @@ from conftest import ROOT, random_model
 
 from dkv_min import generate
 from model import Tokenizer, load, save
-from sample import N_DEMO, encode, launch, main
+from sample import N_DEMO, encode, launch, load_checkpoint, main
 from train_tiny import PATTERN, build_tokenizer, side
 
 QUESTION = "Anna has 3 boxes of 4 pens. Monday she loses 5. How many pens are left?"
@@ -306,3 +306,44 @@ def test_prompt_files_that_cannot_be_read(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_asked_for_and_absent():
     assert "CUDA" in sample("--device", "cuda", code=2).err
+
+
+def test_sigterm_while_a_file_is_answered(tmp_path, bare, monkeypatch, capsys):
+    """As Ctrl-C: exit code 130, one sentence, and the same command goes on."""
+    import signal
+
+    import sample as s
+    out, real = tmp_path / "o.jsonl", s.generate
+    flags = ["--ckpt", str(bare), "--ids", "3,4", "--cache", "all", "--gen-length", "8", "--out", str(out)]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        monkeypatch.setattr(s, "generate", lambda *a, **how: os.kill(os.getpid(), number) or real(*a, **how))
+        with pytest.raises(SystemExit) as e:
+            launch(lambda: main(flags))
+        assert e.value.code == 130 and capsys.readouterr().err == f"stopped; the same command goes on behind what --out {out} holds\n" and not out.read_text()
+    monkeypatch.setattr(s, "generate", real)
+    assert said_by(*flags) == f"{out}: 1 prompts answered\n"
+
+
+def test_out_of_memory_is_one_sentence(bare, monkeypatch, capsys):
+    import sample as s
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    for e in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")):
+        def generate(*a, **how):
+            raise e
+        monkeypatch.setattr(s, "generate", generate)
+        with pytest.raises(SystemExit) as exit:
+            launch(lambda: main(["--ckpt", str(bare), "--ids", "3,4", "--gen-length", "8"]))
+        assert exit.value.code == 2 and capsys.readouterr().err == "sample.py: there is not enough memory for this: lower --batch-size, or the lengths\n"
+    monkeypatch.setattr(s, "generate", lambda *a, **how: [][0])  # anything else is a fault of ours, and shows itself
+    with pytest.raises(IndexError):
+        launch(lambda: main(["--ckpt", str(bare), "--ids", "3,4", "--gen-length", "8"]))
+
+
+@pytest.mark.parametrize("amx, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bfloat16_where_a_cpu_multiplies_in_it(tmp_path, monkeypatch, amx, dtype):
+    """From ten million parameters on: below, small operations take the time, and answers should be the same everywhere."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    save(tmp_path / "a.pt", random_model(dtype=torch.float32, vocab_size=160_000, n_vocab=160_000))
+    assert load_checkpoint(str(tmp_path / "a.pt"), "cpu", "auto")[0].wte.weight.dtype == dtype
+    save(tmp_path / "b.pt", random_model(dtype=torch.bfloat16))
+    assert load_checkpoint(str(tmp_path / "b.pt"), "cpu", "auto")[0].wte.weight.dtype == torch.float32

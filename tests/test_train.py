@@ -1,6 +1,7 @@
 """The toy corpus, its tokenizer, and training runs of a few seconds through the real script.
 
 python -m pytest tests/test_train.py"""
+import os
 import random
 import re
 import signal
@@ -165,7 +166,77 @@ def test_ctrl_c_saves_and_exits_130(tmp_path):
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=100)
     assert p.returncode == 130 and "--resume" in out and "Traceback" not in err, out + err
-    assert load(tmp_path / "a.pt")[1] is not None and load_file(tmp_path / "a.pt.train")["step"] >= 1
+    assert load(tmp_path / "a.pt")[1] is not None and load_file(tmp_path / "a.pt.train")["step"] >= 0
+
+
+STEPS = [*TINY, "--amp", "off", "--steps", "20", "--val-every", "6"]
+
+
+def here(path, *flags, at=None, do=None, monkeypatch=None, capsys=None):
+    """Trains in this process, to save the seconds of starting one; do() happens while the loss of step `at` is computed.
+    -> exit code, stdout, stderr"""
+    real, calls = t.diffusion_loss, [0]
+
+    def loss(model, *batch):
+        calls[0] += torch.is_grad_enabled()  # validation has none
+        return real(model, *batch) if calls[0] != at + 1 or not torch.is_grad_enabled() else do() or real(model, *batch)
+
+    if do:
+        monkeypatch.setattr(t, "diffusion_loss", loss)
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py"])
+    interrupt = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as e:
+        launch(lambda: t.main([*map(str, flags), "--out", str(path)]))
+    signal.signal(signal.SIGINT, interrupt)
+    monkeypatch.setattr(t, "diffusion_loss", real)
+    return e.value.code, *capsys.readouterr()
+
+
+def test_sigterm_is_ctrl_c_and_saves_come_by_the_clock(tmp_path, monkeypatch, capsys):
+    how = dict(monkeypatch=monkeypatch, capsys=capsys)
+    assert here(tmp_path / "whole.pt", *STEPS, **how)[0] == 0
+    code, out, err = here(tmp_path / "a.pt", *STEPS, at=9, do=lambda: os.kill(os.getpid(), signal.SIGTERM), **how)
+    assert code == 130 and "stopped after 9 steps" in out and load_file(tmp_path / "a.pt.train")["step"] == 9, out + err
+    code, out, err = here(tmp_path / "a.pt", "--resume", "--save-minutes", 0, at=1, do=lambda: sys.exit(3), **how)
+    assert code == 3 and load_file(tmp_path / "a.pt.train")["step"] == 9  # before the first step of this run
+    code, out, err = here(tmp_path / "a.pt", "--resume", "--save-minutes", 0, at=2, do=lambda: sys.exit(3), **how)
+    assert code == 3 and load_file(tmp_path / "a.pt.train")["step"] == 10
+    (tmp_path / "a.pt.train.123.tmp").write_text("of a run that was killed while it saved")
+    assert here(tmp_path / "a.pt", "--resume", **how)[0] == 0
+    assert same_weights(tmp_path / "whole.pt", tmp_path / "a.pt") and not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_stops_a_run_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+    """A loss that is no number, a gradient that is none, a GPU that is full, a disk that is full."""
+    path, how = tmp_path / "a.pt", dict(monkeypatch=monkeypatch, capsys=capsys)
+    here(path, *STEPS, at=8, do=lambda: os.kill(os.getpid(), signal.SIGTERM), **how)
+    model, state = path.read_bytes(), (tmp_path / "a.pt.train").read_bytes()
+
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def huge():
+        return torch.tensor(float("inf"), requires_grad=True)
+
+    def steep():  # a loss that is a number, with gradients that are none
+        made[0].norm.weight.register_hook(lambda g: g * float("nan"))
+
+    made, build = [], t.build
+    monkeypatch.setattr(t, "build", lambda *a: made.insert(0, (built := build(*a))[0]) or built)
+    for do, words in ((huge, "the loss is inf at step 10"), (steep, "the gradient is nan at step 10"), (out_of_memory, "raise --accumulate")):
+        code, out, err = here(path, "--resume", at=2, do=do, **how)
+        assert code == 2 and words in err and err.strip().splitlines()[-1].startswith("train_tiny.py: ") and "Traceback" not in err, err
+        assert path.read_bytes() == model and (tmp_path / "a.pt.train").read_bytes() == state
+    resource = pytest.importorskip("resource", reason="needs limits on the size of a file")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(state) // 2, limits[1]))
+    try:
+        code, out, err = here(path, "--resume", **how)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and re.search(r"^train_tiny.py: cannot write .*a.pt", err, re.M) and "Traceback" not in err, err
+    assert (tmp_path / "a.pt.train").read_bytes() == state and load(path) and not list(tmp_path.glob("*.tmp"))
+    assert here(path, "--resume", **how)[0] == 0  # and with room it goes on
 
 
 def test_resume_refuses_what_it_cannot_go_on_with(tmp_path):
