@@ -309,7 +309,7 @@ def draw_quality(plt, numbers):
             series[-1][1].sort(key=lambda row: row["fewer"])
         else:
             series += [(f"Greedy, window {w}{'' if delay else ', no delay'}", [row for row in mine if (row["how"].get("window"), row["how"].get("delay")) == (w, delay)], c, m, "-" if delay else ":")
-                       for delay in (True, False) for w, c, m in ((4, BLUE, "o"), (2, GREEN, "D"), (0, ORANGE, "^"))]
+                       for delay in (True, False) for w, c, m in ((4, BLUE, "o"), (0, ORANGE, "^"))]
         axes = part.subplots(1, 2, sharey=True)
         for name, rows, colour, marker, line in series:
             if "steps" in rows[-1]["how"]:
