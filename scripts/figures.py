@@ -309,7 +309,7 @@ def draw_quality(plt, numbers):
             series[-1][1].sort(key=lambda row: row["fewer"])
         else:
             series += [(f"Greedy, window {w}{'' if delay else ', no delay'}", [row for row in mine if (row["how"].get("window"), row["how"].get("delay")) == (w, delay)], c, m, "-" if delay else ":")
-                       for delay in (True, False) for w, c, m in ((4, BLUE, "o"), (2, GREEN, "D"), (0, ORANGE, "^"))]
+                       for delay in (True, False) for w, c, m in ((4, BLUE, "o"), (0, ORANGE, "^"))]
         axes = part.subplots(1, 2, sharey=True)
         for name, rows, colour, marker, line in series:
             if "steps" in rows[-1]["how"]:
@@ -342,13 +342,13 @@ def plain_ticks(axis):
 
 def draw_length(plt, numbers):
     part = numbers["length"]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4.4))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4.8), layout="constrained")
     for (run, exponent), colour, marker in zip(part["exponents"].items(), (BLACK, BLUE, ORANGE, GREEN, RED, SKY), "soD^v*"):
         rows = [row for row in part["runs"] if row["run"] == run]
         lengths = [row["total_length"] for row in rows]
         left.plot(lengths, [row["predicted"] for row in rows], color=colour, ls="--", lw=1.2)
-        left.plot(lengths, [row["gain"] for row in rows], color=colour, marker=marker, ms=5, lw=1.5, label=run)
-        right.plot(lengths, [row["seconds"] for row in rows], color=colour, marker=marker, ms=5, lw=1.5, label=f"{run}: as length$^{{{exponent['seconds']:.1f}}}$")
+        left.plot(lengths, [row["gain"] for row in rows], color=colour, marker=marker, ms=5, lw=1.5, label=f"{run}, seconds as length$^{{{exponent['seconds']:.1f}}}$")
+        right.plot(lengths, [row["seconds"] for row in rows], color=colour, marker=marker, ms=5, lw=1.5)
     left.plot([], [], color=GREY, ls="--", label="predicted by arithmetic")
     for ax, what in ((left, "gain: times faster than no cache"), (right, "seconds for an answer")):
         ax.set(xscale="log", yscale="log", xlabel="total length (tokens; a quarter prompt)", ylabel=what)
@@ -356,10 +356,9 @@ def draw_length(plt, numbers):
         plain_ticks(ax.yaxis)
         ax.xaxis.minorticks_off()
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=9, frameon=False)
+    fig.legend(loc="outside lower center", ncol=3, fontsize=9, frameon=False)
     c = part["conditions"]
     fig.suptitle(", ".join(f"{name} {c[name]}" for name in ("model", "device", "threads", "dtype", "batch") if name in c), fontsize=9, color="#555555")
-    fig.tight_layout()
     return fig
 
 

@@ -168,7 +168,7 @@ def test_drawing(tmp_path, monkeypatch):
         assert all(ax.get_xlabel() or ax.get_shared_x_axes().get_siblings(ax)[1:] for ax in fig.axes)
         close(fig)
     lines = {line.get_label(): line for ax in drawn[3].axes[:1] for line in ax.lines}
-    assert list(lines["greedy never"].get_ydata()) == [128 / 20, 512 / 20]
+    assert list(lines["greedy never, seconds as length$^{2.0}$"].get_ydata()) == [128 / 20, 512 / 20]
     assert drawn[0].axes[0].images[0].get_array().tolist()[1] == [3, 3, 1, 0, 4]  # ..#*_
     points = {tuple(p) for ax in drawn[2].axes[::2] for line in ax.lines if len(line.get_xdata()) > 1 for p in line.get_xydata().round(3).tolist()}
     assert {(round(row["fewer"], 3), 100 * row["right"] / row["n"]) for row in numbers["quality"]["rows"]} <= points  # every run is drawn
