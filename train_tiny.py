@@ -277,7 +277,7 @@ PRESETS = {
     "quick": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=40, gen_length=32, block_length=32, ops=[1, 2], steps=2000, batch_size=64),
     "bundled": dict(n_layer=3, n_head=4, n_embd=256, prompt_len=64, gen_length=64, block_length=32, ops=[3, 5], steps=4000, batch_size=64, sums=0.08),
 }
-DEFAULTS = dict(out="toy.pt", preset="quick", eval=100, vocab=512, lr=0.01, lr_adam=0.003, sums=0.1, val_every=250, save_minutes=5, accumulate=1, seed=1, device="auto", amp="auto")
+DEFAULTS = dict(out="toy.pt", preset="quick", eval=100, vocab=512, lr=0.01, lr_adam=0.003, sums=0.1, val_every=250, save_minutes=5.0, accumulate=1, seed=1, device="auto", amp="auto")
 MINIMUM = dict(n_layer=1, n_head=1, n_embd=2, prompt_len=1, gen_length=2, block_length=1, vocab=258, steps=1, batch_size=1, val_every=1, threads=1, accumulate=1, save_minutes=0,
                eval=0, seed=0, lr=0, lr_adam=0, sums=0)
 FREE_TO_CHANGE = ("out", "eval", "device", "threads", "amp", "accumulate", "save_minutes")  # by a resumed run
