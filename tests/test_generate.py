@@ -151,7 +151,7 @@ def test_extreme_temperatures(dtype):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_weights_that_are_no_numbers(temperature):
-    """tests/fuzz.py found that at a temperature NaN gave the id behind the last one, and an IndexError in the next step."""
+    """Writing tests/fuzz.py brought up that at a temperature NaN gave the id behind the last one, and a RuntimeError of torch then."""
     model = random_model()
     model.blocks[1].mlp.down.weight.data[:] = float("nan")
     answer = generate(model, [[5, 7]], temperature=temperature, **HOW).tokens[0][2:]

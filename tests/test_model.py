@@ -174,7 +174,7 @@ def rezip(path, target, compression):
 
 
 def test_a_pattern_that_gives_up(tokenizer):
-    """tests/fuzz.py found that a panic in tiktoken, which is no Exception, became a traceback."""
+    """Writing tests/fuzz.py brought up that a panic in tiktoken, which is no Exception, became a traceback."""
     t = m.Tokenizer(tokenizer.ranks, r"(?:(?=a)a+)+!|.", tokenizer.special)
     assert len(t.encode("aa")) == 2
     with pytest.raises(ValueError, match="gives up"):
@@ -231,7 +231,7 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, capfd, tokenizer):
         "huge": (lambda: saved(lambda d: d["config"].update(vocab_size=2**30, n_vocab=2**30)), "wte.weight"),
         "no config": (lambda: saved(lambda d: d.pop("config")), "config"),
         "bad tokenizer": (lambda: saved(lambda d: d.update(tokenizer={"ranks": "YQ== 1\n", "pattern": ".", "special": {}})), "tokenizer"),
-        # found by tests/fuzz.py: the first five took gigabytes or did not end, the next three printed a warning or gave a traceback later, the last answered with the mask
+        # found in writing and running tests/fuzz.py: the first five took gigabytes or did not end, the next three printed a warning or gave a traceback later, the last answered with the mask
         "endless setting": (lambda: saved(lambda d: d["config"].update(n_layer=endless)), "n_layer"),
         "endless extra": (lambda: saved(lambda d: d.update(extra={"template": endless})), "template"),
         "gigabytes of nothing": (lambda: index(bomb), "more than tensors"),
