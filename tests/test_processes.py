@@ -183,7 +183,7 @@ def test_the_answers_of_several_processes_are_those_of_one(several, job, tmp_pat
 def test_answers_go_on_behind_a_dead_process(several, job, tmp_path, victim):
     path, whole, log = tmp_path / "a.jsonl", tmp_path / "whole.jsonl", tmp_path / "log"
     several(1, "sample.py", *job, "--out", whole)
-    codes, out, err = several(2, "sample.py", *job, "--out", path, patch=SLOW.format(kill=f"rank == {victim} and calls == 7", seconds=[0.15 * (r != victim) for r in range(2)], log=str(log)))
+    codes, out, err = several(2, "sample.py", *job, "--out", path, patch=SLOW.format(kill=f"rank == {victim} and calls == 4", seconds=[0.15 * (r != victim) for r in range(2)], log=str(log)))
     assert sorted(codes) == [-9, 130] and sentences(err) == [f"stopped; the same command goes on behind what --out {path} holds"], (codes, err)
     text = path.read_text()
     assert text.endswith("\n") and answers(path) == answers(whole)[:text.count("\n")]
