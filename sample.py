@@ -402,8 +402,11 @@ def answer_file(model, tokenizer, questions, runs, args):
                 there = int(fetch("there"))
             to_write = [*range(there, len(questions), args.batch_size)]
             answer(model, tokenizer, questions, runs, args, 1, there, show, iter if world == 1 else take)
-            if rank == 0 and world > 1:
+            if rank > 0:
+                fetch("done")  # so that somebody is there to say it if the first one dies
+            elif world > 1:
                 write_next(wait=True)
+                store().set("done", "")
     except OSError as e:
         raise ValueError(f"cannot write --out {args.out}: {e.strerror}; what it holds is kept") from None
     except dist.DistError:

@@ -170,7 +170,8 @@ def main():
         kinds.remove("converting")
         print("converting is left out: it needs the package safetensors (requirements-llada.txt)")
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    prepare(home, args.seed)
+    if not (home / "p.txt").exists():  # what is made last
+        prepare(home, args.seed)
     for kind in kinds:
         numbers = sorted(set(range(args.kills)) - {d["number"] for d in done if d["kind"] == kind})
         whole, seconds = unbroken(kind, home) if numbers else (None, None)

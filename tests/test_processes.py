@@ -17,7 +17,7 @@ from conftest import ROOT, random_model
 from model import load, load_file, save
 from train_tiny import build_tokenizer
 
-TINY = "--n-layer 1 --n-head 2 --n-embd 32 --batch-size 15 --device cpu --eval 0 --amp off --steps 40 --val-every 10".split()
+TINY = "--n-layer 1 --n-head 2 --n-embd 32 --batch-size 15 --device cpu --eval 0 --amp off --steps 24 --val-every 8".split()
 
 
 @pytest.fixture(scope="module")
@@ -80,19 +80,19 @@ def test_two_processes_train_as_one(several, whole, tmp_path):
     found = []
     for n, parts in ((1, 1), (1, 3), (2, 2)):
         codes, out, _ = several(n, "train_tiny.py", *TINY, "--accumulate", parts, "--out", tmp_path / "b.pt")
-        assert codes == [0] * n and len(losses(out[0])) == 4
+        assert codes == [0] * n and len(losses(out[0])) == 3
         found.append(losses(out[0]))
     for other in found:
         assert max(abs(a - b) for a, b in zip(whole[1], other)) < 5e-3, (whole[1], found)
-    assert whole[1][0] - whole[1][3] > 0.1, "nothing was learned that could differ"
+    assert whole[1][0] - whole[1][-1] > 0.1, "nothing was learned that could differ"
 
 
 def test_a_dead_process_ends_the_run_which_resumes_to_the_same_bits(several, whole, tmp_path):
     path = tmp_path / "a.pt"
-    out, err = torchrun("train_tiny.py", *TINY, "--out", path, until=(tmp_path / "a.pt.train").exists)
+    out, err = torchrun("train_tiny.py", *TINY, "--save-minutes", 0, "--out", path, until=(tmp_path / "a.pt.train").exists)
     assert sentences([err]) == [f"train_tiny.py: another process of this run has ended, and the run with it; {path}.train keeps the last save: "
                                 f"go on with train_tiny.py --resume --out {path}"], err
-    assert losses(out) == whole[1][:len(losses(out))] and 10 <= load_file(f"{path}.train")["step"] < 40
+    assert losses(out) == whole[1][:len(losses(out))] and load_file(f"{path}.train")["step"] < 24
     codes, out, err = several(2, "train_tiny.py", "--resume", "--out", path)
     assert codes == [0, 0] and all(torch.equal(w, weights(whole[0])[name]) for name, w in weights(path).items())
 
@@ -121,7 +121,7 @@ def test_sigterm_stops_all_at_the_same_step(several, whole, tmp_path):
 def test_what_happens_to_one_ends_all_with_one_sentence(several, whole, tmp_path, what, said):
     codes, out, err = several(2, "train_tiny.py", *TINY, "--out", tmp_path / "a.pt", patch=AT_STEP_15.format(what))
     assert 2 in codes and set(codes) <= {2, -15} and len(sentences(err)) == 1 and said in sentences(err)[0], (codes, err)
-    assert load_file(tmp_path / "a.pt.train")["step"] == 10 and load(tmp_path / "a.pt")
+    assert load_file(tmp_path / "a.pt.train")["step"] == 8 and load(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("script, flags, said", [("train_tiny.py", [*TINY, "--accumulate", 10], "too small for 2 processes"), ("sample.py", ["--prompt", "hi"], "--out"),
@@ -137,7 +137,7 @@ def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     save(folder / "wordy.pt", random_model(dtype=torch.float32, vocab_size=260, n_vocab=258, mask_id=257, eos_id=256, eot_id=None), build_tokenizer("some text ", 258))
     (folder / "p.txt").write_text("".join(f"{'long ' * (i % 4)}prompt {i}\n" for i in range(11)))
-    return ["--ckpt", folder / "wordy.pt", "--prompts", folder / "p.txt", "--gen-length", 16, "--temperature", 0.7, "--cache", "all", "--batch-size", 2, "--device", "cpu"]
+    return ["--ckpt", folder / "wordy.pt", "--prompts", folder / "p.txt", "--gen-length", 8, "--temperature", 0.7, "--cache", "all", "--batch-size", 2, "--device", "cpu"]
 
 
 def answers(path):
@@ -162,7 +162,7 @@ sample.generate = generate
 
 def test_the_answers_of_several_processes_are_those_of_one(several, job, tmp_path):
     """In order, each given once, whichever process is slow."""
-    for n, seconds in ((1, [0]), (2, [0, 0]), (2, [0.2, 0]), (3, [0, 0.3, 0.02])):
+    for n, seconds in ((1, [0]), (2, [0.2, 0]), (3, [0, 0.3, 0.02])):
         path, log = tmp_path / f"{n}{seconds}.jsonl", tmp_path / f"{n}{seconds}.log"
         codes, out, err = several(n, "sample.py", *job, "--out", path, patch=SLOW.format(kill=False, seconds=seconds, log=str(log)))
         assert codes == [0] * n and out == [f"{path}: 11 prompts answered\n"] + [""] * (n - 1), (out, err)
@@ -183,7 +183,7 @@ def test_the_answers_of_several_processes_are_those_of_one(several, job, tmp_pat
 def test_answers_go_on_behind_a_dead_process(several, job, tmp_path, victim):
     path, whole, log = tmp_path / "a.jsonl", tmp_path / "whole.jsonl", tmp_path / "log"
     several(1, "sample.py", *job, "--out", whole)
-    codes, out, err = several(2, "sample.py", *job, "--out", path, patch=SLOW.format(kill=f"rank == {victim} and calls == 7", seconds=[0.02, 0.02], log=str(log)))
+    codes, out, err = several(2, "sample.py", *job, "--out", path, patch=SLOW.format(kill=f"rank == {victim} and calls == 4", seconds=[0.15 * (r != victim) for r in range(2)], log=str(log)))
     assert sorted(codes) == [-9, 130] and sentences(err) == [f"stopped; the same command goes on behind what --out {path} holds"], (codes, err)
     text = path.read_text()
     assert text.endswith("\n") and answers(path) == answers(whole)[:text.count("\n")]
@@ -194,11 +194,11 @@ def test_answers_go_on_behind_a_dead_process(several, job, tmp_path, victim):
 def test_torchrun_answers_a_file(several, tmp_path):
     """The bundled model under torchrun, a kill -9 of one process, and the rest by another number of them."""
     model, _ = load(ROOT / "checkpoints" / "tiny.pt")
-    (tmp_path / "p.txt").write_text("".join(question + "\n" for question, _ in model.extra["problems"][:40]))
-    flags, path = ["--prompts", tmp_path / "p.txt", "--gen-length", 32, "--device", "cpu", "--batch-size", 2, "--out"], tmp_path / "a.jsonl"
+    (tmp_path / "p.txt").write_text("".join(question + "\n" for question, _ in model.extra["problems"][:20]))
+    flags, path = ["--prompts", tmp_path / "p.txt", "--gen-length", 16, "--device", "cpu", "--batch-size", 2, "--out"], tmp_path / "a.jsonl"
     _, err = torchrun("sample.py", *flags, path, until=lambda: path.exists() and path.stat().st_size)
     assert sentences([err]) == [f"stopped; the same command goes on behind what --out {path} holds"], err
-    assert 0 < len(answers(path)) < 40
+    assert 0 < len(answers(path)) < 20
     assert several(3, "sample.py", *flags, path)[0] == [0, 0, 0] and several(1, "sample.py", *flags, tmp_path / "whole.jsonl")[0] == [0]
     assert answers(path) == answers(tmp_path / "whole.jsonl")
 
@@ -206,6 +206,6 @@ def test_torchrun_answers_a_file(several, tmp_path):
 def test_a_slice_of_the_campaign(tmp_path):
     """Two kills of each kind; the second run goes on with a campaign that is there, and has nothing left to do."""
     for _ in range(2):
-        p = subprocess.run([sys.executable, str(ROOT / "tests" / "campaign.py"), "--kills", "2", "--dir", str(tmp_path)], capture_output=True, text=True, timeout=280)
+        p = subprocess.run([sys.executable, str(ROOT / "tests" / "campaign.py"), "--kills", "2", "--dir", str(tmp_path)], capture_output=True, text=True, timeout=600)
         assert p.returncode == 0 and re.search(r"^training +2 +\d +0 +0 +0$", p.stdout, re.M) and re.search(r"^answering +2 +\d +0 +0 +0$", p.stdout, re.M), p.stdout + p.stderr
     assert len(list(tmp_path.glob("kills-0.jsonl"))) == 1
