@@ -314,8 +314,9 @@ def parse_args(argv=None):
     g.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
     g.add_argument("--amp", choices=["auto", "on", "off"], help="bfloat16 autocast; auto: on CUDA, and on CPUs that multiply in it")
     args = p.parse_args(argv)
-    given, state = {name: value for name, value in vars(args).items() if value is not None}, None
-    if given.pop("resume", False):
+    resume, state = vars(args).pop("resume"), None
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if resume:
         state = load_state(given.get("out", DEFAULTS["out"]) + ".train")
         if fixed := sorted(set(given) - set(FREE_TO_CHANGE)):
             raise ValueError(f"--resume goes on with the flags that the run was started with: leave out --{fixed[0].replace('_', '-')}")
@@ -381,7 +382,7 @@ def load_state(path):
     if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"{path} is not what train_tiny.py keeps for --resume")
     flags = {**DEFAULTS, **PRESETS["quick"], "data": "", "threads": 0}
-    state["args"] = {name: state["args"].get(name, state) for name in flags}
+    state["args"] = {name: state["args"].get(name, DEFAULTS.get(name, state)) for name in flags}
     for name, value in state["args"].items():
         kind = (int, float) if isinstance(flags[name], float) else type(flags[name])
         if not isinstance(value, kind) and (value is not None or name not in ("data", "threads")) or name == "ops" and [*map(type, value)] != [int, int]:

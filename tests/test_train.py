@@ -245,7 +245,7 @@ def test_resume_refuses_what_it_cannot_go_on_with(tmp_path):
     torch.save({"x": 1}, tmp_path / "b.pt.train")
     assert "b.pt.train" in run("--resume", "--out", tmp_path / "b.pt", code=2).stderr
     state = torch.load(tmp_path / "a.pt.train")
-    for name, value in (("lr", None), ("ops", [1]), ("batch_size", -1), ("threads", "x")):  # writing tests/fuzz.py brought up tracebacks for these
+    for name, value in (("n_layer", None), ("lr", "x"), ("ops", [1]), ("batch_size", -1), ("threads", "x")):  # writing tests/fuzz.py brought up tracebacks for these
         kept = {**state["args"], name: value}
         torch.save({**state, "args": {k: v for k, v in kept.items() if v is not None or k == "data"}}, tmp_path / "d.pt.train")
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} "):
