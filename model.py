@@ -243,7 +243,12 @@ def packed(model):
     Nothing is packed elsewhere, nor if the copies would take more than 4 GB. The weights must not change meanwhile."""
     groups = []
     for m in getattr(model, "modules", list)():  # a stand-in for a model may have none
-        groups += [(m.q, m.k, m.v), (m.o,)] if isinstance(m, Attention) else [(m.gate, m.up), (m.down,)] if isinstance(m, MLP) else [(m.head,)] if isinstance(m, DiffusionLM) else []
+        if isinstance(m, Attention):
+            groups += [(m.q, m.k, m.v), (m.o,)]
+        elif isinstance(m, MLP):
+            groups += [(m.gate, m.up), (m.down,)]
+        elif isinstance(m, DiffusionLM):
+            groups += [(m.head,)]
     weights = [layer.weight for group in groups for layer in group]
     fit = all(w.device.type == "cpu" and w.dtype in (torch.float32, torch.bfloat16) for w in weights) and sum(w.nbytes for w in weights) < 2**32
     groups = [group for group in groups if fit and group[0].blocks is None and torch.backends.mkldnn.is_available()]

@@ -14,7 +14,7 @@ No cache and Decode decode by confidence, Greedy in a fixed random order: every 
 seconds     of one run;  tokens/s: generated ones of all prompts
 positions   run, per prompt
 predicted   gain over no cache by arithmetic: multiplications of the rows that each forward runs through the layers (in the last
-            layer, only those that need logits), the head, and the attention
+            layer all give keys and values, but only those that need logits go on), the head, and the attention
 gain        measured;  of it: measured / predicted
 outside     share of the time that is not spent in model()
 alone       what the same forwards take alone, called one right after the other, over the seconds
