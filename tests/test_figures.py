@@ -89,6 +89,7 @@ def test_one_layer_changes_once_and_its_cache_never_ages(tmp_path):
     assert deeper["delay"]["mean"][1][0][1] == pytest.approx(1, abs=1e-4) and deeper["delay"]["mean"][1][1][1] < 0.9999  # the second layer's do age
 
 
+@pytest.mark.slow
 def test_measuring_and_going_on(tmp_path, monkeypatch):
     model, prompts = toy(tmp_path / "a.pt")
     ask = ("--ckpt", tmp_path / "a.pt", "--dir", tmp_path, "--n", 2, "--batch-size", 1, "--workers", 1)
@@ -124,6 +125,7 @@ def test_measuring_and_going_on(tmp_path, monkeypatch):
         run("--measure", "map", *ask, "--n", 1)
 
 
+@pytest.mark.slow
 def test_length(tmp_path, monkeypatch):
     """With bench.py itself, but in this process and on a model that takes no time."""
     import scripts.bench

@@ -179,7 +179,7 @@ def test_the_answers_of_several_processes_are_those_of_one(several, job, tmp_pat
     assert codes[0] == 2 and len(sentences(err)) == 1 and "line 1 of --out" in sentences(err)[0] and path.read_text() == "precious\n", (codes, err)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_answers_go_on_behind_a_dead_process(several, job, tmp_path, victim):
     path, whole, log = tmp_path / "a.jsonl", tmp_path / "whole.jsonl", tmp_path / "log"
     several(1, "sample.py", *job, "--out", whole)
@@ -191,6 +191,7 @@ def test_answers_go_on_behind_a_dead_process(several, job, tmp_path, victim):
     assert answers(path) == answers(whole) and path.read_text().startswith(text)
 
 
+@pytest.mark.slow
 def test_torchrun_answers_a_file(several, tmp_path):
     """The bundled model under torchrun, a kill -9 of one process, and the rest by another number of them."""
     model, _ = load(ROOT / "checkpoints" / "tiny.pt")

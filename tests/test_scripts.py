@@ -145,6 +145,7 @@ def test_sampled_runs_add_up(monkeypatch, cache, block_length):
     assert few["seconds"] == pytest.approx(figures["seconds"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_bench_of_growth(tmp_path):
     p = bench("--preset", "tiny", "--scale", 48, 32, "--repeats", 1, "--sample", 2, "--json", tmp_path / "o.json")
     found, rows = read(p, tmp_path / "o.json")
@@ -155,6 +156,7 @@ def test_bench_of_growth(tmp_path):
     assert found["exponents"]["none"]["positions"] == pytest.approx(2) and found["exponents"]["greedy never"]["positions"] < 1.2
 
 
+@pytest.mark.slow
 def test_bench_of_a_cell_of_the_grid(tmp_path):
     p = bench("--grid", "--preset", "tiny", "--batch", 1, "--prompt-len", 4, "--gen-length", 12, "--repeats", 1, "--json", tmp_path / "o.json")
     found, rows = read(p, tmp_path / "o.json")
@@ -163,6 +165,7 @@ def test_bench_of_a_cell_of_the_grid(tmp_path):
     assert f"{sum(g < 0.97 for g in gains)} of 4 below 0.97; the smallest {min(gains):.3f}" in p.stdout and p.stdout.count("x: tiny, batch 1, prompt 4, generated 12") == max(1, sum(g < 0.97 for g in gains))
 
 
+@pytest.mark.slow
 def test_bench_of_training(tmp_path):
     p = bench("--train", "--batch", 2, "--prompt-len", 8, "--gen-length", 8, "--repeats", 1, "--json", tmp_path / "o.json")
     found, rows = read(p, tmp_path / "o.json")
