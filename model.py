@@ -239,7 +239,7 @@ class DiffusionLM(nn.Module):
 @contextlib.contextmanager
 def packed(model):
     """While it holds, a CPU multiplies by copies of the matrices that are packed for oneDNN, and by those of the same input
-    at once: a few rows, which are all that a cache leaves to run, take a half to a quarter of the time (README, "Speed").
+    at once: a few rows, which are all that a cache leaves to run, take half the time or less (README, "Speed").
     Nothing is packed elsewhere, nor if the copies would take more than 4 GB. The weights must not change meanwhile."""
     groups = []
     for m in getattr(model, "modules", list)():  # a stand-in for a model may have none
