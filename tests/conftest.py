@@ -1,6 +1,7 @@
 """Models for the tests. All of them are hermetic: random or golden weights, no network, CPU."""
 import os
 import pathlib
+import signal
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ sys.path.insert(0, str(ROOT))  # so that `python -m pytest` works from anywhere
 
 from model import Config, DiffusionLM  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts pytest in the background has Ctrl-C ignored
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
 

@@ -315,7 +315,6 @@ def test_sigterm_while_a_file_is_answered(tmp_path, bare, monkeypatch, capsys):
     import sample as s
     out, real = tmp_path / "o.jsonl", s.generate
     flags = ["--ckpt", str(bare), "--ids", "3,4", "--cache", "all", "--gen-length", "8", "--out", str(out)]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts pytest in the background has it ignored
     for number in (signal.SIGTERM, signal.SIGINT):
         monkeypatch.setattr(s, "generate", lambda *a, **how: os.kill(os.getpid(), number) or real(*a, **how))
         with pytest.raises(SystemExit) as e:
