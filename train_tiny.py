@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from dkv_min import generate
 from model import Config, DiffusionLM, Tokenizer, diffusion_loss, diffusion_noise, load, load_file, save, save_file
-from sample import Parser, cut, is_right, launch, pick_device, ranks, store
+from sample import Parser, cut, is_right, launch, pick_device
+from scripts.several import ranks, store
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the word problems

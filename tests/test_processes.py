@@ -151,6 +151,8 @@ def generate(model, prompts, **how):
     global calls
     calls += 1
     if {kill}:
+        while f"{{1 - rank}} " not in open({log!r}).read():  # the other one has begun
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep({seconds}[rank])
     with open({log!r}, "a") as f:
