@@ -124,7 +124,7 @@ def paired(a, b, z=1.96):
     return 100 * (more - less) / n, max(-100, 100 * (p - q - half)), min(100, 100 * (p - q + half))
 
 
-def main():
+def main(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default="tiny")
     p.add_argument("--n", type=int, default=1000, help="problems (1000)")
@@ -132,7 +132,7 @@ def main():
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     p.add_argument("--workers", type=int, default=None, help="processes of one thread each (CPU: one per core; CUDA: 1)")
     p.add_argument("--log", metavar="FILE", help="keep every answer there, as JSON lines, and go on from what it holds")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     device = pick_device(args.device)
     m, _ = load_checkpoint(args.ckpt, device, "auto")
     for name in ("n", "batch_size", "workers"):

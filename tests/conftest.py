@@ -1,7 +1,10 @@
 """Models for the tests. All of them are hermetic: random or golden weights, no network, CPU."""
+import functools
+import json
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -32,6 +35,21 @@ def random_prompts(lengths, seed=0):
     """Ids 3..39: no mask, no end of text."""
     g = torch.Generator().manual_seed(seed)
     return [torch.randint(3, 40, (n,), generator=g).tolist() for n in lengths]
+
+
+@functools.cache
+def server():
+    return subprocess.Popen([sys.executable, str(ROOT / "tests" / "forks.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # ends with our end of the pipe
+
+
+def forked(n, script, *flags, patch="", stdin=b"", cwd="."):
+    """A command line in n processes that tests/forks.py forks, which saves the seconds in which torch is imported. patch: Python
+    that is executed first. -> exit codes, stdout and stderr of the n processes"""
+    server().stdin.write(json.dumps(dict(n=n, script=script, flags=[*map(str, flags)], patch=patch, stdin=stdin.decode("latin-1"), cwd=str(cwd))) + "\n")
+    server().stdin.flush()
+    found = json.loads(server().stdout.readline())
+    assert "Traceback" not in "".join(found["err"]), found
+    return found["codes"], found["out"], found["err"]
 
 
 @pytest.fixture(scope="session")

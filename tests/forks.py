@@ -29,7 +29,7 @@ train_tiny.build_tokenizer = functools.cache(train_tiny.build_tokenizer)
 train_tiny.Problems(train_tiny.parse_args([])[0])  # so that the forks have it
 
 
-def start(script, flags, out, err, env={}, patch=""):
+def start(script, flags, out, err, env={}, patch="", stdin=os.devnull, cwd="."):
     """-> the id of a process that runs the script with these flags. patch: Python that is executed first."""
     if pid := os.fork():
         return pid
@@ -37,7 +37,9 @@ def start(script, flags, out, err, env={}, patch=""):
     try:
         for path, fd in ((out, 1), (err, 2)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), fd)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
+        os.dup2(os.open(stdin, os.O_RDONLY), 0)
+        sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
+        os.chdir(cwd)
         os.environ.update(env)
         torch.set_num_threads(1)
         sys.argv = [script, *map(str, flags)]
@@ -60,15 +62,18 @@ def ended(pid):
     return os.waitstatus_to_exitcode(status) if there else None
 
 
-def run(n, script, flags, patch=""):
-    """Does what torchrun does, n > 1: starts n processes that know of each other, and ends them all when one has failed."""
+def run(n, script, flags, patch="", stdin="", cwd="."):
+    """Does what torchrun does, n > 1: starts n processes that know of each other, and ends them all when one has failed.
+    stdin: what they read there, in latin-1."""
     env = dict(WORLD_SIZE=str(n), TORCHELASTIC_RUN_ID="test", TORCHELASTIC_USE_AGENT_STORE="True", MASTER_ADDR="127.0.0.1")
     with tempfile.TemporaryDirectory() as folder:
         if n > 1:
             keeper = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             env["MASTER_PORT"] = str(keeper.port)
+        with open(f"{folder}/in", "w", encoding="latin-1", newline="") as f:
+            f.write(stdin)
         paths = [(f"{folder}/out{r}", f"{folder}/err{r}") for r in range(n)]
-        pids = [start(script, flags, *paths[r], env | dict(RANK=str(r), LOCAL_RANK=str(r)) if n > 1 else {}, patch) for r in range(n)]
+        pids = [start(script, flags, *paths[r], env | dict(RANK=str(r), LOCAL_RANK=str(r)) if n > 1 else {}, patch, f"{folder}/in", cwd) for r in range(n)]
         codes, told = [None] * n, 0
         while None in codes:
             codes = [ended(pid) if code is None else code for pid, code in zip(pids, codes)]

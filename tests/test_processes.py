@@ -13,28 +13,12 @@ import time
 import pytest
 import torch
 from conftest import ROOT, random_model
+from conftest import forked as several
 
 from model import load, load_file, save
 from train_tiny import build_tokenizer
 
 TINY = "--n-layer 1 --n-head 2 --n-embd 32 --batch-size 15 --device cpu --eval 0 --amp off --steps 24 --val-every 8".split()
-
-
-@pytest.fixture(scope="module")
-def several():
-    """several(n, script, *flags, patch=""): -> exit codes, stdout and stderr of n processes."""
-    server = subprocess.Popen([sys.executable, str(ROOT / "tests" / "forks.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def run(n, script, *flags, patch=""):
-        server.stdin.write(json.dumps(dict(n=n, script=script, flags=[*map(str, flags)], patch=patch)) + "\n")
-        server.stdin.flush()
-        found = json.loads(server.stdout.readline())
-        assert "Traceback" not in "".join(found["err"]), found
-        return found["codes"], found["out"], found["err"]
-
-    yield run
-    server.stdin.close()
-    server.wait()
 
 
 def losses(out):
@@ -63,7 +47,7 @@ def torchrun(script, *flags, until):
 
 
 @pytest.fixture(scope="module")
-def whole(several, tmp_path_factory):
+def whole(tmp_path_factory):
     """An unbroken run of two processes: its file, and its losses."""
     path = tmp_path_factory.mktemp("whole") / "a.pt"
     codes, out, err = several(2, "train_tiny.py", *TINY, "--out", path)
@@ -75,7 +59,7 @@ def weights(path):
     return load_file(f"{path}.train")["weights"]
 
 
-def test_two_processes_train_as_one(several, whole, tmp_path):
+def test_two_processes_train_as_one(whole, tmp_path):
     """One batch in one piece, in two processes (8 and 7 rows), in three parts, in two times two parts: the same losses, to rounding."""
     found = []
     for n, parts in ((1, 1), (1, 3), (2, 2)):
@@ -87,7 +71,7 @@ def test_two_processes_train_as_one(several, whole, tmp_path):
     assert whole[1][0] - whole[1][-1] > 0.1, "nothing was learned that could differ"
 
 
-def test_a_dead_process_ends_the_run_which_resumes_to_the_same_bits(several, whole, tmp_path):
+def test_a_dead_process_ends_the_run_which_resumes_to_the_same_bits(whole, tmp_path):
     path = tmp_path / "a.pt"
     out, err = torchrun("train_tiny.py", *TINY, "--save-minutes", 0, "--out", path, until=(tmp_path / "a.pt.train").exists)
     assert sentences([err]) == [f"train_tiny.py: another process of this run has ended, and the run with it; {path}.train keeps the last save: "
@@ -110,7 +94,7 @@ train_tiny.diffusion_loss = loss
 """
 
 
-def test_sigterm_stops_all_at_the_same_step(several, whole, tmp_path):
+def test_sigterm_stops_all_at_the_same_step(whole, tmp_path):
     codes, out, err = several(2, "train_tiny.py", *TINY, "--out", tmp_path / "a.pt", patch=AT_STEP_15.format("os.kill(os.getpid(), signal.SIGTERM)"))
     assert codes == [130, 130] and "stopped after 15 steps" in out[0] and load_file(tmp_path / "a.pt.train")["step"] == 15, (out, err)
     codes, out, err = several(1, "train_tiny.py", "--resume", "--out", tmp_path / "a.pt")  # with another number of processes
@@ -118,7 +102,7 @@ def test_sigterm_stops_all_at_the_same_step(several, whole, tmp_path):
 
 
 @pytest.mark.parametrize("what, said", [("return real(model, *batch) * float('nan')", "the loss is nan at step 15"), ("raise torch.OutOfMemoryError('CUDA out of memory')", "raise --accumulate")])
-def test_what_happens_to_one_ends_all_with_one_sentence(several, whole, tmp_path, what, said):
+def test_what_happens_to_one_ends_all_with_one_sentence(whole, tmp_path, what, said):
     codes, out, err = several(2, "train_tiny.py", *TINY, "--out", tmp_path / "a.pt", patch=AT_STEP_15.format(what))
     assert 2 in codes and set(codes) <= {2, -15} and len(sentences(err)) == 1 and said in sentences(err)[0], (codes, err)
     assert load_file(tmp_path / "a.pt.train")["step"] == 8 and load(tmp_path / "a.pt")
@@ -126,7 +110,7 @@ def test_what_happens_to_one_ends_all_with_one_sentence(several, whole, tmp_path
 
 @pytest.mark.parametrize("script, flags, said", [("train_tiny.py", [*TINY, "--accumulate", 10], "too small for 2 processes"), ("sample.py", ["--prompt", "hi"], "--out"),
                                                  ("sample.py", ["--chat"], "--out"), ("sample.py", ["--watch"], "--out"), ("sample.py", ["--prompts", "-", "--out", "x"], "--prompts FILE")])
-def test_user_errors_are_said_once(several, script, flags, said):
+def test_user_errors_are_said_once(script, flags, said):
     codes, out, err = several(2, script, *flags)
     assert 2 in codes and set(codes) <= {2, 130, -15} and len(sentences(err)) == 1 and said in sentences(err)[0], (codes, err)
 
@@ -162,7 +146,7 @@ sample.generate = generate
 """
 
 
-def test_the_answers_of_several_processes_are_those_of_one(several, job, tmp_path):
+def test_the_answers_of_several_processes_are_those_of_one(job, tmp_path):
     """In order, each given once, whichever process is slow."""
     for n, seconds in ((1, [0]), (2, [0.2, 0]), (3, [0, 0.3, 0.02])):
         path, log = tmp_path / f"{n}{seconds}.jsonl", tmp_path / f"{n}{seconds}.log"
@@ -182,7 +166,7 @@ def test_the_answers_of_several_processes_are_those_of_one(several, job, tmp_pat
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_answers_go_on_behind_a_dead_process(several, job, tmp_path, victim):
+def test_answers_go_on_behind_a_dead_process(job, tmp_path, victim):
     path, whole, log = tmp_path / "a.jsonl", tmp_path / "whole.jsonl", tmp_path / "log"
     several(1, "sample.py", *job, "--out", whole)
     codes, out, err = several(2, "sample.py", *job, "--out", path, patch=SLOW.format(kill=f"rank == {victim} and calls == 4", seconds=[0.15 * (r != victim) for r in range(2)], log=str(log)))
@@ -194,7 +178,7 @@ def test_answers_go_on_behind_a_dead_process(several, job, tmp_path, victim):
 
 
 @pytest.mark.slow
-def test_torchrun_answers_a_file(several, tmp_path):
+def test_torchrun_answers_a_file(tmp_path):
     """The bundled model under torchrun, a kill -9 of one process, and the rest by another number of them."""
     model, _ = load(ROOT / "checkpoints" / "tiny.pt")
     (tmp_path / "p.txt").write_text("".join(question + "\n" for question, _ in model.extra["problems"][:20]))

@@ -1,4 +1,4 @@
-"""The command line, as a user types it: the real script in a process of its own, with good and with bad input.
+"""The command line, as a user types it: in a process of its own, with good and with bad input.
 
 python -m pytest tests/test_sample.py"""
 import contextlib
@@ -9,10 +9,11 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, random_model
+from conftest import ROOT, forked, random_model
 
 from dkv_min import generate
 from model import Tokenizer, load, save
@@ -23,11 +24,9 @@ QUESTION = "Anna has 3 boxes of 4 pens. Monday she loses 5. How many pens are le
 
 
 def sample(*flags, code=0, **how):
-    p = subprocess.run([sys.executable, str(ROOT / "sample.py"), *map(str, flags)], capture_output=True, timeout=200, **how)
-    p.out, p.err = p.stdout.decode(), p.stderr.decode()
-    assert p.returncode == code, p.out + p.err
-    assert "Traceback" not in p.err
-    return p
+    [found], [out], [err] = forked(1, "sample.py", *flags, **how)
+    assert found == code, out + err
+    return SimpleNamespace(out=out, err=err)
 
 
 def objects(*flags):
@@ -57,7 +56,7 @@ def wordy(tmp_path_factory):
 
 def test_no_flags(tmp_path):
     """The main job: questions that were held out, every cache, right or wrong, a table with counts and the fair rival."""
-    p = sample(cwd=tmp_path)
+    p = sample(cwd=tmp_path, patch="sample.REPEATS = 1")
     questions = re.findall(r"^(\S.*)\n  none, low_confidence", p.out, re.M)
     model, _ = load(ROOT / "checkpoints" / "tiny.pt")
     assert len(questions) == N_DEMO and [q for q, _ in model.extra["problems"][:N_DEMO]] == questions
@@ -113,7 +112,7 @@ def test_answers_depend_neither_on_the_batch_nor_on_the_rest(tmp_path):
 def test_prompts_from_everywhere(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "one\ntwo", "other": 1}) + "\n\n" + json.dumps({"prompt": "é\u2028è"}, ensure_ascii=False) + "\n", encoding="utf-8")
     assert [o["prompt"] for o in objects("--prompts", tmp_path / "p.jsonl", "--steps", 2)] == ["one\ntwo", "é\u2028è"]
-    piped = sample("--prompts", "-", "--steps", 2, "--json", input="a\r\n\nb\n".encode())
+    piped = sample("--prompts", "-", "--steps", 2, "--json", stdin=b"a\r\n\nb\n")
     assert [json.loads(line)["prompt"] for line in piped.out.splitlines()] == ["a", "b"]
     assert [(o["prompt"], o["prompt_ids"]) for o in objects("--ids", "5, 6,7", "--steps", 2)] == [(None, [5, 6, 7])]
     assert "<|mask|>" in objects("--prompt", "<|mask|>", "--steps", 2)[0]["prompt"]  # text, not the mask
@@ -196,7 +195,7 @@ def test_user_errors_in_a_process_of_their_own(flags, words):
 
 def test_llada_is_not_fetched_unasked(tmp_path):
     """Without a terminal to ask on; where the packages for it are missing, they are named instead."""
-    p = sample("--ckpt", "llada-1.5", "--prompt", "Hello", code=2, stdin=subprocess.DEVNULL, env=os.environ | {"HF_HOME": str(tmp_path)})
+    p = sample("--ckpt", "llada-1.5", "--prompt", "Hello", code=2, patch=f"import os; os.environ['HF_HOME'] = {str(tmp_path)!r}")
     assert p.out == "" and not (ROOT / "checkpoints" / "llada-1.5.pt").exists()
     last = p.err.splitlines()[-1]
     if importlib.util.find_spec("huggingface_hub") and importlib.util.find_spec("safetensors"):
@@ -266,7 +265,7 @@ def test_a_file_of_other_answers_is_left_alone(tmp_path):
 
 def test_chat(bare):
     """Through a pipe: messages in, answers out, with what was said before as long as there is room."""
-    p = sample("--chat", input="\n".join([QUESTION, QUESTION, QUESTION, "/reset", "", QUESTION, "x " * 200, "/quit", "never read"]).encode())
+    p = sample("--chat", stdin="\n".join([QUESTION, QUESTION, QUESTION, "/reset", "", QUESTION, "x " * 200, "/quit", "never read"]).encode())
     alone = objects("--prompt", QUESTION)[0]
     said = [line for line in p.out.splitlines() if "tokens before" not in line]
     assert said.count(alone["text"]) >= 2, "the first, and the one after /reset"
@@ -300,7 +299,7 @@ def test_prompt_files_that_cannot_be_read(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=words):
             main(["--prompts", str(tmp_path / name)])
-    assert "not UTF-8" in sample("--prompts", "-", code=2, input=b"\xff\xfe").err
+    assert "not UTF-8" in sample("--prompts", "-", code=2, stdin=b"\xff\xfe").err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -41,20 +41,16 @@ def test_runs_are_compared_with_the_same_order():
             assert other["cache"] == "none" and other.get("remasking") == how.get("remasking") and (how["cache"] == "none" or other.get("steps") == how.get("steps"))
 
 
-def tradeoff_py(*flags, code=0):
-    p = subprocess.run([sys.executable, str(ROOT / "scripts" / "tradeoff.py"), *map(str, flags)], capture_output=True, text=True, timeout=280)
-    assert p.returncode == code, p.stderr
-    return p
-
-
-def test_a_run_on_two_problems_and_going_on(tmp_path):
+def test_a_run_on_two_problems_and_going_on(tmp_path, capsys):
     model, tokenizer = random_model(dtype=torch.float32, vocab_size=260, n_vocab=258, mask_id=257, eos_id=256, eot_id=None), build_tokenizer("some text ", 258)
     ids = generate(model, [tokenizer.encode("and now\n")], gen_length=16, block_length=8).tokens[0][-16:]
     model.extra = dict(problems=[("how many", "none"), ("and now", tokenizer.decode(cut(ids, model.config)).strip())], gen_length=16, block_length=8, template="{}\n", known_order="left_to_right")
     save(tmp_path / "a.pt", model, tokenizer)
     ask = ("--ckpt", tmp_path / "a.pt", "--n", 2, "--batch-size", 1, "--workers", 1, "--log", tmp_path / "log")
-    p = tradeoff_py(*ask)
-    rows = [line for line in p.stdout.splitlines() if line.startswith(("| none", "| decode", "| greedy"))]
+    ask = [*map(str, ask)]
+    assert tradeoff.main(ask) == 0
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith(("| none", "| decode", "| greedy"))]
     lines = (tmp_path / "log").read_text().splitlines()
     parts = [json.loads(line) for line in lines[1:]]
     extra, G = model.extra, model.extra["gen_length"]
@@ -75,17 +71,19 @@ def test_a_run_on_two_problems_and_going_on(tmp_path):
             agreements.add(same)
     assert len(agreements) > 1
     (tmp_path / "log").write_text("\n".join(lines[:30]) + "\n" + lines[30][:20])  # as a killed run leaves it
-    again = tradeoff_py(*ask)
-    assert again.stdout == p.stdout and sorted((tmp_path / "log").read_text().splitlines()) == sorted(lines)
-    assert "no log of this" in tradeoff_py(*ask, "--n", 1, code=2).stderr
+    assert tradeoff.main(ask) == 0
+    assert capsys.readouterr().out == printed and sorted((tmp_path / "log").read_text().splitlines()) == sorted(lines)
     (tmp_path / "other").write_bytes(b"\xff{ not ours\n")
-    assert "no log of this" in tradeoff_py("--log", tmp_path / "other", code=2).stderr and (tmp_path / "other").read_bytes() == b"\xff{ not ours\n"
+    for flags in ([*ask, "--n", "1"], ["--log", str(tmp_path / "other")]):
+        with pytest.raises(ValueError, match="no log of this"):
+            tradeoff.main(flags)
+    assert (tmp_path / "other").read_bytes() == b"\xff{ not ours\n"
 
 
 @pytest.mark.parametrize("flags, words", [(["--n", "0"], "--n"), (["--ckpt", "nope"], "nope"), (["--what"], "--what")])
 def test_user_errors(flags, words):
-    p = tradeoff_py(*flags, code=2)
-    assert words in p.stderr and p.stderr.count("\n") == 1 and p.stdout == "", p.stderr
+    with pytest.raises(ValueError, match=words):
+        tradeoff.main(flags)
 
 
 def bench(*flags, code=0):

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, forked
 
 import train_tiny as t
 from model import load, load_file
@@ -26,9 +27,9 @@ def command(*flags):
 
 
 def run(*flags, code=0):
-    p = subprocess.run(command(*flags), capture_output=True, text=True, timeout=200)
-    assert p.returncode == code, p.stdout + p.stderr
-    return p
+    [found], [out], [err] = forked(1, "train_tiny.py", *flags)
+    assert found == code, out + err
+    return SimpleNamespace(stdout=out, stderr=err)
 
 
 def test_answers_are_right_and_sides_are_disjoint():
