@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -176,7 +177,10 @@ def frames(out):
 @pytest.mark.skipif(pty is None, reason="no pseudo-terminals on this system")
 def test_in_a_terminal(wordy):
     ask = ("--ckpt", wordy, "--prompt", "hello", "--gen-length", 16, "--cache", "decode", "--watch", "0.05")
-    code, out = in_a_terminal(*ask)
+    settings = {}, {"NO_COLOR": "1"}, {"TERM": "dumb"}, dict(columns=30, lines=12, resize=(50, 9), NO_COLOR="1")
+    with ThreadPoolExecutor(4) as pool:
+        found = [run.result() for run in [pool.submit(in_a_terminal, *ask, **how) for how in settings]]
+    code, out = found[0]
     assert code == 0 and out.startswith("\x1b[?1049h\x1b[?25l") and out.count("\x1b[?25h\x1b[?1049l") == 1  # the screen is given back, the cursor too
     assert "so far 1.00x" in frames(out)[1] and "so far 1.28x" in frames(out)[4]  # 22 + 22 + 15 + 14 + 13 positions for 5 * 22
     assert len(frames(out)) == 16 and re.search(r"\x1b\[1;32m\*+\x1b\[m", frames(out)[0]) and "step 16/16" in frames(out)[-1]
@@ -184,13 +188,13 @@ def test_in_a_terminal(wordy):
     rest = ours.sub("", out)
     assert all(c == "\n" or c.isprintable() for c in rest) and "\\x1b" in rest  # its ESC are shown escaped
 
-    code, plain = in_a_terminal(*ask, NO_COLOR="1")
+    code, plain = found[1]
     assert code == 0 and len(frames(plain)) == 16 and not re.search(r"\x1b\[[0-9;]*m", plain)
 
-    code, dumb = in_a_terminal(*ask, TERM="dumb")
+    code, dumb = found[2]
     assert code == 0 and "\x1b" not in dumb and len(STEP.findall(dumb)) == 16
 
-    code, out = in_a_terminal(*ask, columns=30, lines=12, resize=(50, 9), NO_COLOR="1")
+    code, out = found[3]
     shapes = [(max(map(width, lines)), len(lines)) for lines in (frame.replace("\x1b[K", "").split("\n") for frame in frames(out))]
     assert code == 0 and all(w <= 29 and n <= 12 for w, n in shapes[:5]) and all(w <= 49 and n <= 9 for w, n in shapes[-3:]) and any(w > 29 for w, _ in shapes[-3:])
 
