@@ -22,7 +22,8 @@ floor       what reading the weights once a forward would take, at the speed at 
 peak        multiplications and additions a second, over those of a large matrix product in the same dtype
 memory      the highest during the run: on CUDA what torch has allocated, on a Linux CPU that of the process, weights, Python and
             torch included; elsewhere -
-check       seconds by sampling over seconds of the whole run (--check)
+check       --check: seconds by sampling over seconds of whole runs, and, within, over those of the very run that the sampled
+            steps are taken from: the first has the machine's moods in it, the second only the error of sampling
 
 Sampling (--sample N; of its own accord where no cache takes over a minute): the loop takes all its steps, but the network runs in
 N of those that run everything and in N of those that do not, spread evenly over their arithmetic. The others get random logits
@@ -210,8 +211,8 @@ class Bench:
         self.prompts = [[rng.choice(ids) for _ in range(prompt_len)] for _ in range(batch)]
         self.order = [[q for lo in range(prompt_len, prompt_len + gen_length, L) for q in rng.sample(range(lo, lo + L), L)] for _ in self.prompts]
 
-    def run(self, how, steps=None, replay=False):
-        """Once -> (Meter, figures)."""
+    def run(self, how, steps=None, replay=False, check=()):
+        """Once -> (Meter, figures). check: steps of which a sampled run would have to make do."""
         meter = Meter(self.model, steps)
         peak_memory(self.device)
         r = generate(meter, self.prompts, order=self.order if how["cache"] == "greedy" else None, **self.shared | how)
@@ -221,10 +222,11 @@ class Bench:
         if not meter.kept:
             return meter, {}
         leave = [began for began, _ in meter.stamps[1:]] + [end]
-        inside = add_up(meter.calls, {i: between(*meter.stamps[i]) for i in meter.kept})
-        after = add_up(meter.calls, {i: between(meter.stamps[i][1], leave[i]) for i in meter.kept})
+        inside, after = ({i: seconds(i) for i in meter.kept} for seconds in (lambda i: between(*meter.stamps[i]), lambda i: between(meter.stamps[i][1], leave[i])))
+        few = sum(add_up(meter.calls, {i: part[i] for i in check}) for part in (inside, after))
+        inside, after = add_up(meter.calls, inside), add_up(meter.calls, after)
         seconds = inside + after + r.seconds - between(meter.stamps[0][0], end)  # the last: what comes before the first step
-        figures = dict(seconds=seconds, inside=inside, memory=memory, positions=r.positions_run[0], forwards=r.forwards)
+        figures = dict(seconds=seconds, inside=inside, memory=memory, positions=r.positions_run[0], forwards=r.forwards) | (dict(within=few / (inside + after)) if check else {})
         return meter, figures | (dict(alone=add_up(meter.calls, meter.alone())) if replay else {})
 
     def compare(self, todo, repeats, sample=None, checked=False, replay=False, label=""):
@@ -237,7 +239,8 @@ class Bench:
         with tqdm(total=(repeats + 1) * len(found), unit="run", leave=False, disable=None) as bar:
             for repeat, (name, kind) in itertools.product(range(repeats + 1), found):
                 bar.set_description(f"{label}{name}, {kind}")
-                figures = self.run(todo[name], spread(calls[name], sample or 16) if kind == "sampled" else None, replay)[1]
+                steps = spread(calls[name], sample or 16)
+                figures = self.run(todo[name], steps if kind == "sampled" else None, replay, steps if checked and kind == "whole" else ())[1]
                 if repeat:  # the first is the warm-up
                     found[name, kind].append(figures)
                 bar.update()
@@ -309,14 +312,14 @@ def table(args, device):
     rows, sample = Bench(model, B, P, G, steps, L).compare(todo, args.repeats, args.sample, args.check, replay=True)
     weights = sum(q.nbytes for n, q in model.named_parameters() if n != "wte.weight")  # of the embedding only some rows are read
     print(said(0 if args.check else sample))
-    print(f"\n{'run':20} {'seconds':>8} {'tokens/s':>9} {'positions':>10} {'predicted':>10} {'gain':>7} {'of it':>6} {'outside':>8} {'alone':>6} {'floor':>6} {'peak':>5} {'memory':>8}{'  check' * args.check}")
+    print(f"\n{'run':20} {'seconds':>8} {'tokens/s':>9} {'positions':>10} {'predicted':>10} {'gain':>7} {'of it':>6} {'outside':>8} {'alone':>6} {'floor':>6} {'peak':>5} {'memory':>8}{'  check  within' * args.check}")
     for r in rows:
         s = r["seconds"]
         r |= dict(tokens_per_s=B * G / s, ratio=r["gain"] / r["predicted"], outside=1 - r["inside"] / s, alone=r["alone"] / s, floor=r["forwards"] * weights / speed / s, peak=2 * r["arithmetic"] / s / peak)
         print(f"{r['run']:20} {s:8.2f} {r['tokens_per_s']:9.1f} {r['positions']:10,} {r['predicted']:9.2f}x {r['gain']:6.2f}x {r['ratio']:6.2f} {r['outside']:8.1%} {r['alone']:6.0%} {r['floor']:6.0%} {r['peak']:5.0%} "
-              + (f"{r['memory'] / 1e9:5.2f} GB" if r["memory"] else f"{'-':>8}") + (f" {r['check']:6.3f}" if args.check else ""))
+              + (f"{r['memory'] / 1e9:5.2f} GB" if r["memory"] else f"{'-':>8}") + (f" {r['check']:6.3f}  {r['within']:6.3f}" if args.check else ""))
     if args.check:
-        print(f"\nseconds by sampling ({sample or 16} steps of each kind) over those of whole runs: {min(r['check'] for r in rows):.3f} to {max(r['check'] for r in rows):.3f}")
+        print(f"\nseconds by sampling ({sample or 16} steps of each kind) over those of whole runs: {min(r['check'] for r in rows):.3f} to {max(r['check'] for r in rows):.3f}; within the same run: {min(r['within'] for r in rows):.3f} to {max(r['within'] for r in rows):.3f}")
     return dict(conditions=how, sampled=0 if args.check else sample, bandwidth=speed, matmul_peak=peak, runs=rows)
 
 

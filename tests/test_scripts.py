@@ -108,7 +108,7 @@ def test_bench(tmp_path):
         cache, refresh = name.split()[0].strip(","), {"4": 4, "8": 8, "2": 2}.get(name.split()[-1])
         steps = 8 if "half" in name else 16
         assert r["positions"] == cache_cost(8, 16, steps, 16, cache, refresh or 16) and r["seconds"] > 0 and 0 < r["outside"] < 1 and r["forwards"] == steps
-        assert r["alone"] > 0 and r["floor"] > 0 and r["peak"] > 0 and r["check"] > 0
+        assert r["alone"] > 0 and r["floor"] > 0 and r["peak"] > 0 and r["check"] > 0 and 0.5 < r["within"] < 2
     assert rows["none"]["predicted"] == rows["none"]["gain"] == 1 and 1 < rows["greedy 8"]["predicted"] < rows["none"]["positions"] / rows["greedy 8"]["positions"] + 0.5
     assert found["bandwidth"] > 0 and found["matmul_peak"] > 0 and "whole runs" in p.stdout and "seconds by sampling (16 steps of each kind) over those of whole runs" in p.stdout
 
@@ -141,6 +141,7 @@ def test_sampled_runs_add_up(monkeypatch, cache, block_length):
     assert len(steps) == (3 if cache == "none" else 6) and model.ran == 2 * 24 + len(steps) and set(sampled.kept) == steps and sampled.calls == whole.calls
     assert few["positions"] == figures["positions"] == cache_cost(12, 24, 24, block_length, cache, 4) and few["forwards"] == figures["forwards"] == 24
     assert few["seconds"] == pytest.approx(figures["seconds"], rel=0.02)
+    assert setting.run(how, check=steps)[1]["within"] == pytest.approx(few["seconds"] / figures["seconds"])
 
 
 @pytest.mark.slow
