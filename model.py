@@ -93,6 +93,11 @@ def gather_rows(x, rows):
     return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def fill_eight(x):
+    """x (B, n) -> (B, n rounded up to a multiple of 8), the last column repeated."""
+    return torch.cat([x, x[:, -1:].expand(-1, -x.shape[1] % 8)], 1)
+
+
 class Linear(nn.Linear):
     blocks = None  # while packed() holds: the matrix as oneDNN lays it out for itself, and the bias
 
@@ -218,9 +223,13 @@ class DiffusionLM(nn.Module):
                                 positions count from behind them, so that a padded row computes what it would alone
         -> (B, m, V), in the dtype of the weights
         """
-        B, n = tokens.shape
+        B, n, m = *tokens.shape, None if rows is None else rows.shape[1]
         assert pos is None or pos.shape == (B, n), f"pos: got {tuple(pos.shape)}, expected {(B, n)}"
         assert rows is None or rows.shape[0] == B, f"rows: got {tuple(rows.shape)}, expected ({B}, m)"
+        if self.head.blocks is not None:  # oneDNN makes a kernel, in half a millisecond, for every number of rows that is new to it
+            rows = rows if rows is None else fill_eight(rows)
+            if cache is not None and pos is not None:  # running a position twice changes nothing
+                tokens, pos = fill_eight(tokens), fill_eight(pos)
         where = torch.arange(n, device=tokens.device)[None] if pos is None else pos                 # (B or 1, n)
         mask = None
         if pad is not None:
@@ -233,7 +242,7 @@ class DiffusionLM(nn.Module):
             store = partial(cache.update, i, pos) if cache is not None else lambda k, v: (k, v)
             # after the last layer nobody attends: only the rows that need logits have to get through it
             x = block(x, cos_sin, mask, store, rows if i == len(self.blocks) - 1 else None)
-        return linear(self.norm(x), self.head)[0]                                                   # (B, m, V)
+        return linear(self.norm(x), self.head)[0][:, :m]                                            # (B, m, V)
 
 
 @contextlib.contextmanager

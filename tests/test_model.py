@@ -1,6 +1,7 @@
 """The network, the loss, the tokenizer and the checkpoint file.
 
 python -m pytest tests/test_model.py"""
+import contextlib
 import io
 import zipfile
 
@@ -59,6 +60,27 @@ def test_packed_products_are_the_same(dtype, n_kv_head, bias):
         raise KeyError
     assert all(layer.blocks is None for layer in model.modules() if isinstance(layer, m.Linear))
     assert torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize("n, m_rows", [(1, 1), (3, 2), (8, 8), (13, 9)])
+def test_packed_some_positions_run_twice_and_nothing_changes(n, m_rows):
+    """Packed, n and m are filled up to a multiple of 8: logits, their number, and what the cache holds are as without."""
+    model, x, found = random_model(dtype=torch.float32), tokens_for(random_model()), []
+    g = torch.Generator().manual_seed(n)
+    pos = torch.stack([torch.randperm(20, generator=g)[:n] for _ in range(2)])
+    rows = torch.stack([torch.randperm(n, generator=g)[:m_rows] for _ in range(2)])
+    counted = []
+    hook = model.blocks[0].register_forward_hook(lambda block, args, out: counted.append(out.shape[1]))
+    for context in (contextlib.nullcontext(), m.packed(model)):
+        with context:
+            cache = KVCache(model, 2, 20)
+            model(x, cache=cache)
+            found.append((model(1 + x.gather(1, pos), pos, cache, rows), cache.k, cache.v))
+    hook.remove()
+    assert counted == [20, n, 20, -(-n // 8) * 8]
+    assert found[0][0].shape == found[1][0].shape == (2, m_rows, 48) and not torch.equal(found[0][1], torch.zeros_like(found[0][1]))
+    for a, b in zip(*found):
+        assert (a - b).abs().max() < 1e-4
 
 
 def test_nothing_is_packed_where_it_does_not_pay(model):
