@@ -216,6 +216,12 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, capfd, tokenizer):
     def raw(content):
         (tmp_path / "bad.pt").write_bytes(content)
 
+    def without(name):
+        with zipfile.ZipFile(good) as a, zipfile.ZipFile(tmp_path / "bad.pt", "w") as b:
+            for record in a.namelist():
+                if not record.endswith(name):
+                    b.writestr(record, a.read(record))
+
     def index(content, name="data.pkl"):
         with zipfile.ZipFile(good) as a, zipfile.ZipFile(tmp_path / "bad.pt", "w") as b:
             for record in a.namelist():
@@ -253,7 +259,8 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, capfd, tokenizer):
         "huge": (lambda: saved(lambda d: d["config"].update(vocab_size=2**30, n_vocab=2**30)), "wte.weight"),
         "no config": (lambda: saved(lambda d: d.pop("config")), "config"),
         "bad tokenizer": (lambda: saved(lambda d: d.update(tokenizer={"ranks": "YQ== 1\n", "pattern": ".", "special": {}})), "tokenizer"),
-        # found in writing and running tests/fuzz.py: the first five took gigabytes or did not end, the next three printed a warning or gave a traceback later, the last answered with the mask
+        # found in writing and running tests/fuzz.py: the first five took gigabytes or did not end, the next three printed a warning or gave a traceback later, then one answered with the mask, and one
+        # said that torch has an internal error
         "endless setting": (lambda: saved(lambda d: d["config"].update(n_layer=endless)), "n_layer"),
         "endless extra": (lambda: saved(lambda d: d.update(extra={"template": endless})), "template"),
         "gigabytes of nothing": (lambda: index(bomb), "more than tensors"),
@@ -263,13 +270,14 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, capfd, tokenizer):
         "problems without answers": (lambda: saved(lambda d: d.update(extra={"problems": ["one?"]})), "does not fit"),
         "prompts of numbers": (lambda: saved(lambda d: d.update(extra={"prompts": [3]})), "texts"),
         "nothing to write": (lambda: saved(lambda d: d["config"].update(n_vocab=2, mask_id=0, eos_id=1, eot_id=None)), "no id to write"),
+        "a record is gone": (lambda: without("data/3"), "data/3: file not found"),
         "a folder": (lambda: ((tmp_path / "bad.pt").unlink(), (tmp_path / "bad.pt").mkdir()), "directory"),
     }
     for name, (make, words) in faults.items():
         make()
         with pytest.raises(ValueError) as e:
             m.load(tmp_path / "bad.pt")
-        assert words in str(e.value) and "bad.pt" in str(e.value) and "\n" not in str(e.value), f"{name}: {e.value}"
+        assert words in str(e.value) and "bad.pt" in str(e.value) and "\n" not in str(e.value) and "internal" not in str(e.value), f"{name}: {e.value}"
     assert "was run" not in capfd.readouterr().out
 
 
