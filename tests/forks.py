@@ -9,6 +9,7 @@ import pathlib
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import sample  # noqa: E402
 import scripts.convert  # noqa: E402
@@ -42,6 +44,7 @@ def start(script, flags, out, err, env={}, patch="", stdin=os.devnull, cwd="."):
         os.chdir(cwd)
         os.environ.update(env)
         torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())  # its own one is shared with forks, and stays locked by one that was killed while it held it
         sys.argv = [script, *map(str, flags)]
         exec(patch, {"sample": sample, "train_tiny": train_tiny, "rank": int(env.get("RANK", 0))})
         module = SCRIPTS[script]
