@@ -222,7 +222,8 @@ class Bench:
         if not meter.kept:
             return meter, {}
         leave = [began for began, _ in meter.stamps[1:]] + [end]
-        inside, after = ({i: seconds(i) for i in meter.kept} for seconds in (lambda i: between(*meter.stamps[i]), lambda i: between(meter.stamps[i][1], leave[i])))
+        inside = {i: between(*meter.stamps[i]) for i in meter.kept}
+        after = {i: between(meter.stamps[i][1], leave[i]) for i in meter.kept}
         few = sum(add_up(meter.calls, {i: part[i] for i in check}) for part in (inside, after))
         inside, after = add_up(meter.calls, inside), add_up(meter.calls, after)
         seconds = inside + after + r.seconds - between(meter.stamps[0][0], end)  # the last: what comes before the first step

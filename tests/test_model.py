@@ -2,7 +2,6 @@
 
 python -m pytest tests/test_model.py"""
 import contextlib
-import io
 import zipfile
 
 import pytest

@@ -46,8 +46,7 @@ def test_a_run_on_two_problems_and_going_on(tmp_path, capsys):
     ids = generate(model, [tokenizer.encode("and now\n")], gen_length=16, block_length=8).tokens[0][-16:]
     model.extra = dict(problems=[("how many", "none"), ("and now", tokenizer.decode(cut(ids, model.config)).strip())], gen_length=16, block_length=8, template="{}\n", known_order="left_to_right")
     save(tmp_path / "a.pt", model, tokenizer)
-    ask = ("--ckpt", tmp_path / "a.pt", "--n", 2, "--batch-size", 1, "--workers", 1, "--log", tmp_path / "log")
-    ask = [*map(str, ask)]
+    ask = ["--ckpt", str(tmp_path / "a.pt"), "--n", "2", "--batch-size", "1", "--workers", "1", "--log", str(tmp_path / "log")]
     assert tradeoff.main(ask) == 0
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if line.startswith(("| none", "| decode", "| greedy"))]
