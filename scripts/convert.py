@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import json
 import mmap
 import os
 import re
