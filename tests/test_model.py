@@ -229,7 +229,7 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, capfd, tokenizer):
     endless = ["ha"]
     for _ in range(40):
         endless = [endless, endless]
-    bomb = b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x7f\x85R."  # bytearray(2**31 - 2**24)
+    bomb = b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x7f\x85R."  # asks for two gigabytes of zeros
 
     faults = {
         "missing": (lambda: (tmp_path / "bad.pt").unlink(missing_ok=True), "there is no file"),
