@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", default="tiny", metavar="tiny|llada|llada-base|llada-1.5|PATH", help="checkpoint (tiny, the bundled one)")
+    p.add_argument("--ckpt", default="tiny", metavar="tiny|long|llada|llada-base|llada-1.5|PATH", help="checkpoint (tiny; it and long are bundled)")
     p.add_argument("--cache", choices=[*CACHES, "all"], help="default: decode for prompts of yours, all without any")
     g = p.add_argument_group("prompts (none: the checkpoint's own held-out problems or texts)")
     g.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
@@ -105,10 +105,10 @@ def pick_device(name):
 
 def load_checkpoint(name, device, dtype, yes=False):
     """-> model, tokenizer. LLaDA is fetched and converted on first use, if the user agrees."""
-    path = os.path.join(HERE, "checkpoints", f"{name}.pt") if name in ("tiny", *LLADA) else name
+    path = os.path.join(HERE, "checkpoints", f"{name}.pt") if name in ("tiny", "long", *LLADA) else name
     if not os.path.exists(path):
         if name not in LLADA:
-            raise ValueError(f"there is no checkpoint {path}: give --ckpt tiny, {', '.join(LLADA)} or the path of a file")
+            raise ValueError(f"there is no checkpoint {path}: give --ckpt tiny, long, {', '.join(LLADA)} or the path of a file")
         from scripts.convert import HUB, ask_user, convert, fetch
         with contextlib.redirect_stdout(sys.stderr):
             convert(fetch(HUB[name], path, ask_user(yes)), path, name=name)

@@ -1,7 +1,7 @@
 """Train a toy masked diffusion model, on two CPU cores or on a GPU.
 
 python train_tiny.py                       word problems, preset quick -> toy.pt; then python sample.py --ckpt toy.pt
-python train_tiny.py --preset bundled      the model that the repository ships
+python train_tiny.py --preset bundled      the model that the repository ships; --preset long: the other one, of longer answers
 python train_tiny.py --data my.txt         any UTF-8 text instead
 python train_tiny.py --resume              go on where toy.pt.train stopped (Ctrl-C, kill -9, power cut)
 torchrun --standalone --nproc_per_node=2 train_tiny.py    two processes, each with half of every batch
@@ -45,8 +45,9 @@ DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 TEMPLATE = "{}\n"  # how a question stands in a prompt
 
 
-def problem(rng, ops):
-    """One problem with ops additions or subtractions after the product -> (numbers, question, answer).
+def problem(rng, ops, wordy):
+    """One problem with ops additions or subtractions after the product -> (numbers, question, answer). A wordy answer says
+    again what is added or taken away before it computes.
 
     numbers identify it whatever the wording: (7, 8, -9, 5) is 7*8, minus 9, plus 5; every result has two digits."""
     a, b = rng.choice([(a, b) for a in range(2, 10) for b in range(2, 10) if a * b >= 10])
@@ -58,7 +59,8 @@ def problem(rng, ops):
         d = rng.choice([d for d in range(-9, 10) if d and 10 <= total + d <= 99])
         numbers.append(d)
         question.append(f"{day} {who} {rng.choice(MORE)} {d} more." if d > 0 else f"{day} {who} {rng.choice(LESS)} {-d}.")
-        answer.append(f"{day} {total}{d:+d}={total + d}.")
+        again = f" {who} {'gets' if d > 0 else 'loses'} {abs(d)}:" if wordy else ""
+        answer.append(f"{day}{again} {total}{d:+d}={total + d}.")
         total += d
     return tuple(numbers), " ".join(question) + f" How many {thing} are left?", " ".join(answer) + f" #### {total}"
 
@@ -70,11 +72,11 @@ def side(numbers):
     return ("test", "validation", *["train"] * 8)[zlib.crc32(repr([min(a, b), max(a, b), *rest]).encode()) % 10]
 
 
-def problems(rng, n, ops, which):
+def problems(rng, n, ops, which, wordy=False):
     """n problems of one side, with ops[0] to ops[1] additions and subtractions -> [(question, answer)]."""
     found = []
     while len(found) < n:
-        numbers, question, answer = problem(rng, rng.randint(*ops))
+        numbers, question, answer = problem(rng, rng.randint(*ops), wordy)
         if side(numbers) == which:
             found.append((question, answer))
     return found
@@ -188,11 +190,11 @@ class Problems:
     def __init__(self, args):
         self.args = args
         # these three do not depend on --seed, so that runs can be compared
-        corpus = problems(random.Random("corpus"), 3000, args.ops, "train")
+        corpus = problems(random.Random("corpus"), 3000, args.ops, "train", args.wordy)
         self.tokenizer = build_tokenizer("".join(TEMPLATE.replace("{}", q) + a for q, a in corpus), args.vocab)
-        val = problems(random.Random("validation"), 256, args.ops, "validation")
+        val = problems(random.Random("validation"), 256, args.ops, "validation", args.wordy)
         self.val = story_rows(val, self.tokenizer, args.prompt_len, args.gen_length)
-        self.extra = {"problems": problems(random.Random("test"), 1000, args.ops, "test"), "gen_length": args.gen_length, "block_length": args.block_length,
+        self.extra = {"problems": problems(random.Random("test"), 1000, args.ops, "test", args.wordy), "gen_length": args.gen_length, "block_length": args.block_length,
                       "known_order": "left_to_right", "template": TEMPLATE}
 
     def batch(self, step):
@@ -202,7 +204,7 @@ class Problems:
         n_sums, T, parts = args.batch_size, args.prompt_len + args.gen_length, []
         if step >= args.sums * args.steps:
             n_sums = args.batch_size // 8
-            pairs = problems(rng, args.batch_size - n_sums, args.ops, "train")
+            pairs = problems(rng, args.batch_size - n_sums, args.ops, "train", args.wordy)
             longest = max(len(self.tokenizer.encode(TEMPLATE.replace("{}", q))) for q, _ in pairs)  # saves padding
             tokens, pad, frozen = story_rows(pairs, self.tokenizer, min(longest, args.prompt_len), args.gen_length)
             T, cut = tokens.shape[1], len(tokens) * 3 // 8
@@ -277,8 +279,9 @@ def exact_answers(path, n, device):
 PRESETS = {
     "quick": dict(n_layer=4, n_head=4, n_embd=160, prompt_len=40, gen_length=32, block_length=32, ops=[1, 2], steps=2000, batch_size=64),
     "bundled": dict(n_layer=3, n_head=4, n_embd=256, prompt_len=64, gen_length=64, block_length=32, ops=[3, 5], steps=4000, batch_size=64, sums=0.08),
+    "long": dict(n_layer=4, n_head=4, n_embd=256, prompt_len=64, gen_length=128, block_length=32, ops=[3, 6], wordy=True, steps=3000, batch_size=64, sums=0.08),
 }
-DEFAULTS = dict(out="toy.pt", preset="quick", eval=100, vocab=512, lr=0.01, lr_adam=0.003, sums=0.1, val_every=250, save_minutes=5.0, accumulate=1, seed=1, device="auto", amp="auto")
+DEFAULTS = dict(out="toy.pt", preset="quick", eval=100, vocab=512, wordy=False, lr=0.01, lr_adam=0.003, sums=0.1, val_every=250, save_minutes=5.0, accumulate=1, seed=1, device="auto", amp="auto")
 MINIMUM = dict(n_layer=1, n_head=1, n_embd=2, prompt_len=1, gen_length=2, block_length=1, vocab=258, steps=1, batch_size=1, val_every=1, threads=1, accumulate=1, save_minutes=0,
                eval=0, seed=0, lr=0, lr_adam=0, sums=0)
 FREE_TO_CHANGE = ("out", "eval", "device", "threads", "amp", "accumulate", "save_minutes")  # by a resumed run
@@ -300,6 +303,7 @@ def parse_args(argv=None):
     g.add_argument("--gen-length", type=int, metavar="TOKENS", help="room for the answer")
     g.add_argument("--block-length", type=int, metavar="TOKENS", help="how sample.py decodes it; training knows no blocks")
     g.add_argument("--ops", type=int, nargs=2, metavar=("MIN", "MAX"), help="additions and subtractions in a problem")
+    g.add_argument("--wordy", action="store_true", default=None, help="answers say again what is added or taken away, which makes them longer")
     g.add_argument("--vocab", type=int, metavar="TOKENS", help="258 or more (512)")
     g = p.add_argument_group("optimization")
     g.add_argument("--steps", type=int, help="(the preset's)")

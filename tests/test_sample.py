@@ -75,9 +75,10 @@ def test_no_flags(tmp_path):
     assert ran[1] < ran[0] and ran[3] < ran[2] == ran[0] == 2 * ran[4]
 
 
-def test_the_bundled_model_answers():
-    model, tokenizer = load(ROOT / "checkpoints" / "tiny.pt", dtype=torch.float32)
-    assert (ROOT / "checkpoints" / "tiny.pt").stat().st_size <= 8e6
+@pytest.mark.parametrize("name", ["tiny.pt", "long.pt"])
+def test_the_bundled_models_answer(name):
+    model, tokenizer = load(ROOT / "checkpoints" / name, dtype=torch.float32)
+    assert (ROOT / "checkpoints" / name).stat().st_size <= 8e6
     extra, right = model.extra, 0
     pairs = extra["problems"][:12]
     r = generate(model, [tokenizer.encode(extra["template"].replace("{}", q)) for q, _ in pairs], gen_length=extra["gen_length"], block_length=extra["block_length"])

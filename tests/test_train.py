@@ -32,16 +32,18 @@ def run(*flags, code=0):
     return SimpleNamespace(stdout=out, stderr=err)
 
 
-def test_answers_are_right_and_sides_are_disjoint():
+@pytest.mark.parametrize("wordy", [False, True])
+def test_answers_are_right_and_sides_are_disjoint(wordy):
     sides = {}
     for which in ("train", "validation", "test"):
         rng, sides[which] = random.Random(5), set()
-        for question, answer in t.problems(rng, 3000, (1, 4), which):
+        for question, answer in t.problems(rng, 3000, (1, 4), which, wordy):
             steps = re.findall(r"(\d+)([*+-])(\d+)=(\d+)\.", answer)
             numbers = [int(steps[0][0])] + [int(c) if op != "-" else -int(c) for _, op, c, _ in steps]
             for (a, op, b, result), following in zip(steps, [s[0] for s in steps[1:]] + [answer.split("#### ")[1]]):
                 assert {"*": int(a) * int(b), "+": int(a) + int(b), "-": int(a) - int(b)}[op] == int(result) and result == following
             assert re.findall(r"\d+", question) == [str(abs(n)) for n in numbers]  # the question has what the answer needs
+            assert re.findall(r"(gets|loses) (\d): \d+([+-])", answer) == [("loses" if n < 0 else "gets", str(abs(n)), "-" if n < 0 else "+") for n in numbers[2:] if wordy]
             sides[which].add((min(numbers[:2]), max(numbers[:2]), *numbers[2:]))  # 3*4 is 4*3
     assert all(len(numbers) > 500 for numbers in sides.values())
     assert not sides["train"] & sides["test"] and not sides["train"] & sides["validation"] and not sides["validation"] & sides["test"]
