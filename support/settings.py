@@ -1,0 +1,116 @@
+"""Checks the arguments of generate: what a user got wrong is a ValueError of one sentence."""
+import inspect
+import operator
+
+import torch
+
+REMASKING = ("low_confidence", "random", "left_to_right")
+SUPPRESS_EOS = (None, "logits", "confidence")
+LOWEST = {"gen_length": 1, "steps": 1, "block_length": 1, "refresh": 1, "window": 0}
+
+def need(good, sentence):
+    if not good:
+        raise ValueError(sentence)
+
+def loop_settings(loop, given):
+    """-> {name: value} of all settings of a loop: the given ones, and the defaults of its signature
+    for those that are absent or None."""
+    _, _, *parameters = inspect.signature(loop).parameters.values()  # after model and s
+    found = {p.name: p.default for p in parameters}
+    name = loop.__name__.removeprefix("generate_")
+    for key, value in given.items():
+        if value is None:
+            continue
+        need(key in found, f"cache {name!r} has no setting {key!r}: it has "
+                           f"{', '.join(found) or 'none'}")
+        found[key] = value
+    return found
+
+def check(config, loops, *, cache, gen_length, steps=None, block_length=None, temperature=0.0,
+          remasking=None, cfg_scale=0.0, stop_at_eos=False, suppress_eos=None, order=None,
+          **settings):
+    """-> all settings of generate and of the loop, defaults filled in. Raises ValueError at the
+    first one that cannot work. loops: {name of a cache: its loop}"""
+    steps = gen_length if steps is None else steps
+    block_length = gen_length if block_length is None else block_length
+    if remasking is None:
+        known = cache == "greedy" or order is not None
+        remasking = "random" if known else "low_confidence"
+    for name, value, known in (("cache", cache, tuple(loops)), ("remasking", remasking, REMASKING),
+                               ("suppress_eos", suppress_eos, SUPPRESS_EOS)):
+        need(value in known, f"{name} is {value!r}, and has to be one of "
+                             f"{', '.join(map(str, known))}")
+    settings = loop_settings(loops[cache], settings)
+    numbers = dict(gen_length=gen_length, steps=steps, block_length=block_length, **settings)
+    for name, value in numbers.items():
+        low = LOWEST.get(name)
+        need(low is None or type(value) is int and value >= low,
+             f"{name} is {value!r}, and has to be a whole number of at least {low}")
+    for name, value in (("temperature", temperature), ("cfg_scale", cfg_scale)):
+        need(isinstance(value, (int, float)) and 0 <= value <= 1e6,
+             f"{name} is {value!r}, and has to be a number from 0 to 1e6")
+    for name, value in (("stop_at_eos", stop_at_eos), ("delay", settings.get("delay", True))):
+        need(isinstance(value, bool), f"{name} is {value!r}, and has to be True or False")
+    need(gen_length % block_length == 0,
+         f"gen_length {gen_length} is not a multiple of block_length {block_length}")
+    blocks = gen_length // block_length
+    need(blocks <= steps <= gen_length,
+         f"steps is {steps}, and has to be between {blocks}, the number of blocks, and "
+         f"{gen_length}, the tokens to generate")
+    need(steps % blocks == 0, f"steps {steps} is not a multiple of the number of blocks, "
+                              f"{gen_length} / {block_length} = {blocks}")
+    need(cache != "greedy" or remasking != "low_confidence",
+         "the greedy cache has to know ahead what is revealed next: use remasking random or "
+         "left_to_right, or give an order")
+    need(order is None or remasking == "random",
+         f"an order is given, so remasking {remasking!r} cannot decide: leave it out")
+    need(config.eos_id is not None or not (stop_at_eos or suppress_eos),
+         "this model has no eos_id, so stop_at_eos and suppress_eos cannot work")
+    return dict(cache=cache, gen_length=gen_length, steps=steps, block_length=block_length,
+                temperature=temperature, remasking=remasking, cfg_scale=cfg_scale,
+                stop_at_eos=stop_at_eos, suppress_eos=suppress_eos, **settings)
+
+def int_lists(name, lists):
+    try:
+        return [[operator.index(i) for i in row] for row in lists]
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} has to be a list of lists of whole numbers, one list per "
+                         "prompt") from None
+
+def check_prompts(config, prompts, gen_length):
+    """-> prompts as lists of ints."""
+    prompts = int_lists("prompts", prompts)
+    need(prompts, "there is no prompt: give at least one, of at least one token")
+    for j, p in enumerate(prompts):
+        need(p, f"prompt {j} is empty: it needs at least one token")
+        need(config.mask_id not in p,
+             f"prompt {j} holds the mask id {config.mask_id}: masks are what is generated")
+        need(0 <= min(p) and max(p) < config.vocab_size,
+             f"prompt {j} holds an id outside 0..{config.vocab_size - 1}: "
+             f"{min(p) if min(p) < 0 else max(p)}")
+        need(len(p) + gen_length <= config.max_len,
+             f"prompt {j} has {len(p)} tokens, which with gen_length {gen_length} is more than the "
+             f"model's {config.max_len}")
+    return prompts
+
+def check_order(order, prompts, gen_length, L):
+    """-> order as lists of ints."""
+    order = int_lists("order", order)
+    need(len(order) == len(prompts), f"order has {len(order)} lists, and has to have one for each "
+                                     f"of the {len(prompts)} prompts")
+    for j, (row, p) in enumerate(zip(order, prompts)):
+        P = len(p)
+        for lo in range(0, gen_length, L):
+            block = list(range(P + lo, P + lo + L))
+            need(len(row) == gen_length and sorted(row[lo:lo + L]) == block,
+                 f"order {j} has to hold each of the positions {P}..{P + gen_length - 1} once, "
+                 f"block after block: its entries {lo}..{lo + L - 1} are not the positions "
+                 f"{block[0]}..{block[-1]}")
+    return order
+
+def check_generators(generator, B):
+    """-> the generator (or None) of each prompt."""
+    given = list(generator) if isinstance(generator, (list, tuple)) else [generator] * B
+    need(len(given) == B and all(g is None or isinstance(g, torch.Generator) for g in given),
+         f"generator has to be a torch.Generator, or a list of them for the {B} prompts")
+    return given
