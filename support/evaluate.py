@@ -1,0 +1,58 @@
+"""Asks a model something and judges its answer: the one place that applies a checkpoint's
+template, and the one that answers its held-out problems and counts."""
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+from dkv_min import generate
+
+def encode(turns, tokenizer, extra, raw=False):
+    """The ids that the model is given. turns: texts of the user and of the model, alternately, the
+    user's first and last. In a template special tokens are tokens; in a turn they are text."""
+    if extra.get("chat") == "llada" and not raw:
+        ids = tokenizer.encode("<|startoftext|>", special=True)
+        for i, text in enumerate([*turns, None]):
+            role = f"<|start_header_id|>{'assistant' if i % 2 else 'user'}<|end_header_id|>"
+            ids += tokenizer.encode(role, special=True)
+            ids += tokenizer.encode("\n\n" + (text or "").strip())
+            ids += tokenizer.encode("<|eot_id|>", special=True) if text is not None else []
+        return ids
+    template = "{}" if raw else extra.get("template", "{}")  # the toy's: a question and a newline
+    parts = [text + "\n" if i % 2 else template.replace("{}", text) for i, text in enumerate(turns)]
+    return tokenizer.encode("".join(parts))
+
+def cut(ids, config):
+    """The ids up to the first end of text or of turn."""
+    ends = [i for i, t in enumerate(ids) if t in (config.eos_id, config.eot_id)]
+    return ids[:ends[0]] if ends else ids
+
+def text_of(ids, model, tokenizer):
+    return tokenizer.decode(cut(ids, model.config)) if tokenizer else None
+
+def is_right(text, answer):
+    """Exact match of the whole worked answer: a right result may follow wrong sums."""
+    return text.strip() == answer
+
+def answer_problems(model, tokenizer, first=0, n=None, batch_size=50, **settings):
+    """Answers n of the checkpoint's problems, from number `first` on, with these settings of
+    generate. The lengths are the checkpoint's unless given. Random numbers belong to a problem, so
+    that the batch size changes no answer. -> right (list of bool) and ids (list of lists), an entry
+    a problem; positions_run and positions_full, summed over the problems"""
+    settings = {name: model.extra[name] for name in ("gen_length", "block_length")} | settings
+    pairs = model.extra["problems"][first:][:n]
+    found = SimpleNamespace(right=[], ids=[], positions_run=0, positions_full=0)
+    label = f"{settings.get('cache', 'none')}, {settings.get('remasking') or 'low_confidence'}"
+    quiet = True if len(pairs) <= batch_size else None  # None: a bar in a terminal only
+    starts = range(0, len(pairs), batch_size)
+    for i in tqdm(starts, label, unit="batch", leave=False, disable=quiet):
+        part = pairs[i:i + batch_size]
+        prompts = [encode([question], tokenizer, model.extra) for question, _ in part]
+        draws = [torch.Generator().manual_seed(first + i + j) for j in range(len(part))]
+        result = generate(model, prompts, generator=draws, **settings)
+        ids = [tokens[-settings["gen_length"]:] for tokens in result.tokens]
+        found.ids += ids
+        found.right += [is_right(text_of(t, model, tokenizer), a) for t, (_, a) in zip(ids, part)]
+        found.positions_run += sum(result.positions_run)
+        found.positions_full += sum(result.positions_full)
+    return found
