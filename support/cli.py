@@ -1,0 +1,124 @@
+"""What the command lines share: bounds of flags, messages, exit codes, devices, checkpoints, and
+output files that are checked before the work."""
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import torch
+
+from model import load
+from support.checkpoint import first_line, read
+from support.processes import first_to_speak, ranks
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+LLADA = ("llada", "llada-base", "llada-1.5")  # scripts/convert.py fetches them by these names
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+def printable(text):
+    """Escapes control characters, so that model output cannot drive the terminal."""
+    return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text)
+
+def check_bounds(args, **bounds):
+    """Raises ValueError for a flag outside its bounds. bounds: name=low or name=(low, high)."""
+    for name, bound in bounds.items():
+        low, high = bound if isinstance(bound, tuple) else (bound, float("inf"))
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            needed = f"{low} to {high}" if isinstance(bound, tuple) else f"at least {low}"
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, and has to be {needed}")
+
+def check_out(path, flag="--out", only=None):
+    """Raises ValueError for an output file that cannot be written, before the work is done.
+    With only="checkpoint" it also protects an existing file that is not a checkpoint."""
+    if not os.path.basename(path) or os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{flag} {str(path)!r} is empty, a folder or a device: give a file name")
+    try:
+        probe = f"{path}.{os.getpid()}.tmp"  # the name that atomic_write uses
+        open(probe, "wb").close()
+        os.remove(probe)
+        if os.path.exists(path):
+            open(path, "ab").close()
+    except OSError as e:
+        raise ValueError(f"cannot write {flag} {path}: {first_line(e)}") from None
+    for name in (path, f"{path}.train") if only == "checkpoint" else ():
+        try:
+            if os.path.exists(name) and os.path.getsize(name) and "weights" not in read(name):
+                raise ValueError
+        except (ValueError, TypeError):
+            raise ValueError(f"{flag} {path} would replace {name}, which is not a checkpoint: give "
+                             "another name, or delete that file") from None
+
+def pick_device(name):
+    """--device auto|cpu|cuda -> "cpu" or "cuda". Of several processes each gets its own GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here, so use --device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    n, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"]) if ranks()[1] > 1 else 0
+    if local >= n:
+        raise ValueError(f"there are only {n} GPUs: give --nproc_per_node={n}, or --device cpu")
+    torch.cuda.set_device(local)
+    return "cuda"
+
+def load_checkpoint(name, device, dtype, yes=False):
+    """-> model, tokenizer. name: a bundled model, a LLaDA, which is fetched and converted on
+    first use if the user agrees, or a path. dtype: "auto", None (as stored) or a torch.dtype."""
+    path = os.path.join(ROOT, "checkpoints", f"{name}.pt") if name in ("tiny", *LLADA) else name
+    if not os.path.exists(path):
+        if name not in LLADA:
+            raise ValueError(f"there is no {path}: give --ckpt tiny, {', '.join(LLADA)} or a path")
+        fetch(name, yes)
+    model, tokenizer = load(path, device, dtype)
+    if dtype == "auto" and device == "cpu" and sum(p.numel() for p in model.parameters()) >= 1e9:
+        print("note: on a CPU a model of this size takes seconds a step", file=sys.stderr)
+    return model, tokenizer
+
+def fetch(name, yes):
+    """Runs scripts/convert.py, which says on stderr what goes wrong. stdout is for answers."""
+    command = [sys.executable, f"{ROOT}/scripts/convert.py", name] + ["--ask"] * (not yes)
+    with subprocess.Popen(command, stdout=sys.stderr or subprocess.DEVNULL) as child:
+        try:
+            child.wait()
+        except SystemExit:  # SIGTERM. Ctrl-C reaches the child by itself
+            child.terminate()
+            raise
+    if child.returncode < 0:
+        raise ValueError(f"converting {name} was killed, perhaps for its memory: try again")
+    if child.returncode:
+        sys.exit(child.returncode)
+
+def launch(main):
+    """Runs a script's main and exits. A user's error is one sentence on stderr and exit code 2."""
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a character
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # as Ctrl-C, but ends a chat too
+    try:
+        code = main()
+        print(end="", flush=True)
+        sys.exit(code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ValueError as e:
+        fault = str(e)
+    except (RuntimeError, MemoryError) as e:
+        if not re.search("MemoryError|out of memory|ALLOC_FAILED|allocate memory", repr(e)):
+            raise
+        fault = "there is not enough memory for this: lower --batch-size, or the lengths"
+    except OSError as e:  # stdout cannot be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(e, BrokenPipeError):  # not a fault: the reader has closed the pipe
+            sys.exit(0)
+        fault = f"cannot write the output: {e.strerror}"
+    signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun's must not cut the sentence off
+    if first_to_speak():
+        bar = "\n" * (ranks()[1] > 1)  # leaves the line of a dead process's progress bar
+        fault = printable(fault).replace("\n", "\\n")  # it may quote a file
+        print(f"{bar}{os.path.basename(sys.argv[0])}: {fault}", file=sys.stderr)
+    sys.exit(2)
