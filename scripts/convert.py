@@ -1,445 +1,416 @@
-"""LLaDA's weights and tokenizer, as Hugging Face has them -> one checkpoint file as model.py loads it.
+"""Convert LLaDA's weights and tokenizer, as Hugging Face stores them, to one checkpoint file.
 
-python scripts/convert.py llada                       fetches GSAI-ML/LLaDA-8B-Instruct, writes checkpoints/llada.pt
-python scripts/convert.py llada-base                  GSAI-ML/LLaDA-8B-Base; llada-1.5: GSAI-ML/LLaDA-1.5
-python scripts/convert.py DIR --out my.pt             a folder with config.json, *.safetensors and tokenizer.json
+python scripts/convert.py llada            GSAI-ML/LLaDA-8B-Instruct -> checkpoints/llada.pt
+python scripts/convert.py llada-base       GSAI-ML/LLaDA-8B-Base; llada-1.5: GSAI-ML/LLaDA-1.5
+python scripts/convert.py DIR --out my.pt  a folder: config.json, *.safetensors, tokenizer.json
 
-Needs safetensors, and to fetch huggingface_hub: python -m pip install -r requirements-llada.txt. Nothing but data is taken
-from the repository, no code. The file is laid out first and then filled piece by piece, so 16 GB of weights do not have to
-fit into memory; it stands at its place only when all of it was written, and read back.
+Needs safetensors, and huggingface_hub to fetch: python -m pip install -r requirements-llada.txt.
+Only data is read: no code of the repository runs. The file is laid out first and then filled piece
+by piece, so 16 GB of weights need not fit into memory. It gets its name after all of it is written
+and read back.
 """
 import argparse
 import contextlib
 import dataclasses
-import errno
-import mmap
+import glob
 import os
 import re
 import shutil
 import sys
-import time
 import zlib
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-from model import Config, DiffusionLM, first_line, load, load_file  # noqa: E402
-from scripts.hf_tokenizer import from_folder, read_json  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from model import Config, DiffusionLM, load  # noqa: E402
+from scripts.hf_tokenizer import from_folder, read_file  # noqa: E402
+from support.checkpoint import FORMAT, first_line, read  # noqa: E402
+from support.cli import ROOT, Parser, check_out, launch  # noqa: E402
 
-HUB = {"llada": "GSAI-ML/LLaDA-8B-Instruct", "llada-base": "GSAI-ML/LLaDA-8B-Base", "llada-1.5": "GSAI-ML/LLaDA-1.5"}
+HUB = {"llada": "GSAI-ML/LLaDA-8B-Instruct", "llada-base": "GSAI-ML/LLaDA-8B-Base",
+       "llada-1.5": "GSAI-ML/LLaDA-1.5"}
 INSTALL = "python -m pip install -r requirements-llada.txt"
 PIECE = 2**26  # bytes that are in memory at a time
+LLADA = read_file(os.path.join(ROOT, "scripts", "llada.json"))
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # config.json
 
-# what our network does not have: these values or absence
-PLAIN = {"model_type": ("llada",), "activation_type": ("silu",), "alibi": (False,), "attention_layer_norm": (False,), "bias_for_layer_norm": (False,), "block_group_size": (1,),
-         "block_type": ("llama",), "clip_qkv": (), "include_bias": (False,), "input_emb_norm": (False,), "layer_norm_type": ("rms",), "layer_norm_with_affine": (True,),
-         "rope": (True,), "rope_full_precision": (True,), "scale_logits": (False,), "weight_tying": (False,), "tie_word_embeddings": (False,), "rope_scaling": (),
-         "sliding_window": (), "qk_norm": (False,), "attention_bias": (False,), "mlp_bias": (False,), "partial_rotary_factor": (1, 1.0)}
-USED = dict.fromkeys(["d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size", "embedding_size", "max_sequence_length", "mask_token_id", "eos_token_id"], (int,))
-USED |= {"rope_theta": (int, float), "rms_norm_eps": (int, float), "mlp_ratio": (int, float), "include_qkv_bias": (bool,), "multi_query_attention": (bool,)}
-# what is about training, initialization, speed, or Hugging Face's own affairs
-HARMLESS = {"alibi_bias_max", "architectures", "attention_dropout", "attention_layer_norm_with_affine", "auto_map", "embedding_dropout", "flash_attention", "init_cutoff_factor", "init_device",
-            "init_fn", "init_std", "pad_token_id", "precision", "residual_dropout", "transformers_version", "use_cache", "torch_dtype", "dtype", "_name_or_path", "bos_token_id"}
-
-
 def read_config(path):
-    """config.json of a LLaDA -> (Config, sentences about what is not known here). What our network cannot be: ValueError."""
-    c = read_json(path)
+    """config.json of a LLaDA -> (Config, notes about unknown settings). ValueError if our network
+    cannot have such a setting."""
+    # only: settings that the network does not have, and the values that mean just that. harmless:
+    # about training, initialization, speed, or for Hugging Face's own code
+    only, types, harmless = LLADA["only"], LLADA["types"], LLADA["harmless"]
+    c = read_file(path)
     if not isinstance(c, dict):
-        raise ValueError(f"{path} is no JSON object")
-    for name, good in PLAIN.items():
-        needed = name in ("model_type", "rope", "activation_type", "layer_norm_type", "block_type")  # absent, they mean something else
-        if (needed if c.get(name) is None else c[name] not in good):
-            raise ValueError(f"{path}: {name} is {c.get(name)!r:.80}, and this network has only {' or '.join(map(repr, good)) or 'none'}")
-    for name, kind in USED.items():
-        if c.get(name) is not None and type(c[name]) not in kind:
-            raise ValueError(f"{path}: {name} is {c[name]!r:.80}, expected {' or '.join(k.__name__ for k in kind)}")
-    notes = [f"{path}: {name} = {c[name]!r:.80} is not known here, and was ignored" for name in sorted(c.keys() - PLAIN.keys() - USED.keys() - HARMLESS) if c[name]]
-    missing = [name for name in ("d_model", "n_layers", "n_heads", "vocab_size", "mask_token_id", "max_sequence_length") if c.get(name) is None]
-    if missing:
-        raise ValueError(f"{path} lacks {missing[0]}")
-    def value(name, default):
-        return default if c.get(name) is None else c[name]
-
-    config = Config(n_layer=c["n_layers"], n_head=c["n_heads"], n_kv_head=value("n_kv_heads", 1 if c.get("multi_query_attention") else c["n_heads"]), n_embd=c["d_model"],
-                    n_ff=value("mlp_hidden_size", int(min(value("mlp_ratio", 4), 1e6) * c["d_model"])), vocab_size=value("embedding_size", c["vocab_size"]), n_vocab=c["vocab_size"],
-                    max_len=c["max_sequence_length"], mask_id=c["mask_token_id"], eos_id=c.get("eos_token_id"), rope_theta=float(value("rope_theta", 10000.0)), norm_eps=float(value("rms_norm_eps", 1e-5)),
-                    qkv_bias=value("include_qkv_bias", False))
+        raise ValueError(f"{path} is not a JSON object")
+    c = {name: value for name, value in c.items() if value is not None}
+    for name, good in only.items():
+        if name in c and c[name] not in good:
+            raise ValueError(f"{path}: {name} is {c[name]!r:.80}, and this network has only "
+                             f"{' or '.join(map(repr, good)) or 'none'}")
+    if lacking := [name for name in LLADA["needed"] if name not in c]:
+        raise ValueError(f"{path} lacks {lacking[0]}")
+    for name, kinds in types.items():
+        if name in c and type(c[name]).__name__ not in kinds:
+            raise ValueError(f"{path}: {name} is {c[name]!r:.80}, expected {' or '.join(kinds)}")
+    config = Config(
+        n_layer=c["n_layers"], n_head=c["n_heads"], n_embd=c["d_model"],
+        n_kv_head=c.get("n_kv_heads", 1 if c.get("multi_query_attention") else c["n_heads"]),
+        n_ff=c.get("mlp_hidden_size", int(min(c.get("mlp_ratio", 4), 1e6) * c["d_model"])),
+        vocab_size=c.get("embedding_size", c["vocab_size"]), n_vocab=c["vocab_size"],
+        max_len=c["max_sequence_length"], mask_id=c["mask_token_id"], eos_id=c.get("eos_token_id"),
+        rope_theta=float(c.get("rope_theta", 10000.0)),
+        norm_eps=float(c.get("rms_norm_eps", 1e-5)), qkv_bias=c.get("include_qkv_bias", False))
     if fault := config.fault():
         raise ValueError(f"{path}: {fault}")
-    return config, notes
+    return config, [f"{path}: the unknown setting {name} = {c[name]!r:.80} is ignored"
+                    for name in sorted(c.keys() - {*only, *types, *harmless}) if c[name]]
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the tensors: beware, ff_out is the head at the top and the MLP's last matrix in a block
 
 TOP = {"wte": "wte", "ln_f": "norm", "ff_out": "head"}
-BLOCK = {"attn_norm": "attn_norm", "q_proj": "attn.q", "k_proj": "attn.k", "v_proj": "attn.v", "attn_out": "attn.o", "ff_norm": "mlp_norm", "ff_proj": "mlp.gate", "up_proj": "mlp.up",
+BLOCK = {"attn_norm": "attn_norm", "q_proj": "attn.q", "k_proj": "attn.k", "v_proj": "attn.v",
+         "attn_out": "attn.o", "ff_norm": "mlp_norm", "ff_proj": "mlp.gate", "up_proj": "mlp.up",
          "ff_out": "mlp.down"}
-
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 def their_names(config):
-    """-> {their name: our name}, for every parameter of the network."""
+    """-> {their name: our name} of every parameter of the network."""
     names = {f"model.transformer.{theirs}.weight": f"{ours}.weight" for theirs, ours in TOP.items()}
     for i in range(config.n_layer):
         for theirs, ours in BLOCK.items():
-            for kind in ("weight", "bias") if config.qkv_bias and theirs in ("q_proj", "k_proj", "v_proj") else ("weight",):
+            biased = config.qkv_bias and theirs in ("q_proj", "k_proj", "v_proj")
+            for kind in ("weight", "bias") if biased else ("weight",):
                 names[f"model.transformer.blocks.{i}.{theirs}.{kind}"] = f"blocks.{i}.{ours}.{kind}"
     return names
 
-
-def find_shards(folder):
-    """-> {tensor: path of the file that has it}"""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    if os.path.exists(index):
-        doc = read_json(index)
-        files = doc.get("weight_map") if isinstance(doc, dict) else None
-        if not isinstance(files, dict) or not all(isinstance(f, str) and os.path.basename(f) == f for f in files.values()):
-            raise ValueError(f"{index} is damaged: its weight_map does not name files")
-        files = {name: os.path.join(folder, f) for name, f in files.items()}
-    else:
-        single = os.path.join(folder, "model.safetensors")
-        if not os.path.exists(single):
-            raise ValueError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
-        with opened(single) as f:
-            files = dict.fromkeys(f.keys(), single)
-    for path in sorted(set(files.values())):
-        if not os.path.exists(path):
-            raise ValueError(f"the shard {path} is missing: fetch it again")
-    return files
-
-
-@contextlib.contextmanager
 def opened(path):
-    """A safetensors file; what is wrong with it, in one sentence."""
+    """-> a safetensors file, to be used in a with statement. A damaged one is a ValueError."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ValueError(f"reading the weights needs the package safetensors: {INSTALL}") from None
     try:
-        with safe_open(path, framework="pt") as f:
-            yield f
-    except SafetensorError as e:
-        raise ValueError(f"{path} is truncated or damaged: {first_line(e)}") from None
-    except OSError as e:
-        raise ValueError(f"cannot read {path}: {first_line(e)}") from None
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as e:
+        damaged = "cannot be read" if isinstance(e, OSError) else "is truncated or damaged"
+        raise ValueError(f"{path} {damaged}: {first_line(e)}") from None
 
+def find_shards(folder):
+    """-> {path of a file: the tensors that it has}"""
+    index, single = (os.path.join(folder, f"model.safetensors{end}") for end in (".index.json", ""))
+    if os.path.exists(index):
+        doc, shards = read_file(index), {}
+        files = doc.get("weight_map") if isinstance(doc, dict) else None
+        if not isinstance(files, dict) or not all(
+                isinstance(f, str) and os.path.basename(f) == f for f in files.values()):
+            raise ValueError(f"{index} is damaged: its weight_map does not name files")
+        for name, file in files.items():
+            shards.setdefault(os.path.join(folder, file), []).append(name)
+    elif os.path.exists(single):
+        with opened(single) as f:
+            shards = {single: list(f.keys())}
+    else:
+        raise ValueError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+    if missing := [path for path in shards if not os.path.exists(path)]:
+        raise ValueError(f"the shard {missing[0]} is missing: fetch it again")
+    return shards
 
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+def match_names(held, names):
+    """Check that the files have the tensors of the network and no others."""
+    extra, missing = sorted(held - names.keys()), sorted(names.keys() - held)
+    if extra and missing:
+        # a wrapper that trained the model puts its own prefix before every name
+        found = next((name for name in extra if name.endswith(missing[0])), extra[0])
+        prefix = found.removesuffix(missing[0])
+        hint = f"; remove the prefix {prefix} from the names first" if prefix != found else ""
+        raise ValueError(
+            f"{len(extra)} tensors of the files and {len(missing)} of the network do not match: "
+            f"the files have {found}, and {missing[0]} is expected{hint}")
+    if extra or missing:
+        raise ValueError(f"the files have {len(extra)} tensors too many: {extra[0]}" if extra else
+                         f"the files lack {len(missing)} tensors: {missing[0]}")
 
-
-def look(files, names, config):
-    """Holds the headers of the shards against the network: every tensor once, every shape. -> stored dtypes, {their name: dtype}"""
-    with torch.device("meta"):
-        shapes = {name: list(p.shape) for name, p in DiffusionLM(config).state_dict().items()}
-    if odd := sorted(files.keys() ^ names.keys(), key=lambda n: (n in files, n)):
-        raise ValueError(f"{len(odd)} tensors do not fit the config: {odd[0]} is {'in the files, and the network has none such' if odd[0] in files else 'missing'}")
-    if odd := shapes.keys() ^ set(names.values()):
-        raise AssertionError(f"names: got {sorted(odd)} on one side only, expected the same on both")
+def check_headers(shards, names, shapes):
+    """Compare the headers of the shards with the network's shapes. -> {their name: stored dtype}"""
+    match_names({name for tensors in shards.values() for name in tensors}, names)
     dtypes = {}
-    for path in sorted(set(files.values())):
+    for path, tensors in shards.items():
         with opened(path) as f:
-            held = set(f.keys())
-            for name in (n for n in files if files[n] == path):
-                if name not in held:
-                    raise ValueError(f"{path} does not hold {name}, which the index says is there")
-                part = f.get_slice(name)
-                if part.get_shape() != shapes[names[name]] or part.get_dtype() not in DTYPES:
-                    raise ValueError(f"{path}: {name} is {part.get_shape()} {part.get_dtype()}, expected {shapes[names[name]]} of floats")
+            for name in tensors:
+                if name not in f.keys():
+                    raise ValueError(f"{path} does not have {name}, although the index says so")
+                part, expected = f.get_slice(name), list(shapes[names[name]])
+                if part.get_shape() != expected or part.get_dtype() not in DTYPES:
+                    raise ValueError(f"{path}: {name} is {part.get_shape()} {part.get_dtype()}, "
+                                     f"expected {expected} of floats")
                 dtypes[name] = DTYPES[part.get_dtype()]
     return dtypes
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the file
 
+def amount(size):
+    """A number of bytes in words: 16.1 GB, 33.0 MB, 0.4 KB."""
+    scale, unit = (1e9, "GB") if size >= 1e9 else (1e6, "MB") if size >= 1e6 else (1e3, "KB")
+    return f"{size / scale:.1f} {unit}"
+
+def room(path, size):
+    """Make the folder of path, and check that size bytes fit there."""
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as e:
+        raise ValueError(f"cannot write {path}: {first_line(e)}") from None
+    if free < size * 1.01:
+        raise ValueError(f"{path} needs {amount(size)}, and {folder} has {amount(free)} free: free "
+                         "some, or choose another place")
+
 @contextlib.contextmanager
-def only_one(temp, out):
-    """The unfinished file is its own lock: a second conversion waits here for the first, and what a killed one has left is
-    used up. -> an open file, empty; None if another one has finished `out` meanwhile."""
-    import fcntl  # not on Windows
-    def seen():
-        return (os.stat(out).st_ino, os.stat(out).st_mtime_ns) if os.path.exists(out) else None
-    def ours(f):
-        return os.path.exists(temp) and os.path.samestat(os.fstat(f.fileno()), os.stat(temp))
-    before = waited = None
-    while True:
-        try:
-            f = open(temp, "a+b")
-        except OSError as e:
-            raise ValueError(f"cannot write {temp}: {e.strerror}") from None
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not waited:
-                before = seen()
-                print(f"another process converts to {out}: waiting for it", file=sys.stderr)
-            waited = True
-            f.close()
-            time.sleep(1)
-            continue
-        if ours(f):  # else it was renamed or removed meanwhile
-            break
-        f.close()
+def only_one(out):
+    """One process converts to `out` at a time, the others wait here. The system frees the lock of a
+    process that is killed. -> whether another process has written `out` meanwhile"""
+    def written():
+        return os.path.exists(out) and os.stat(out).st_mtime_ns
+
+    lock, before = FileLock(f"{out}.lock"), written()
     try:
-        f.truncate(0)
-        yield None if waited and seen() != before else f
-    finally:
-        if ours(f):  # else it is at its place by now, and what stands here is somebody else's
-            os.remove(temp)
-        f.close()
-
-
-def pieces(tensor):
-    """Pairs of row numbers, such that a piece is about PIECE bytes."""
-    rows = max(1, PIECE // max(1, tensor[0].numel() * tensor.element_size()))
-    return [(a, min(a + rows, len(tensor))) for a in range(0, len(tensor), rows)]
-
-
-def crc(tensor, old):
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), old)
-
-
-def write(f, temp, data, files, names, bar):
-    """Lays the file out, and fills its tensors: data as save() of model.py has it, with empty weights. f is the same file
-    as temp, and stays so: torch.save writes into what is there, so the lock holds."""
-    with torch.serialization.skip_data():
-        torch.save(data, temp)
-    if hasattr(os, "posix_fallocate"):  # not on macOS
-        os.posix_fallocate(f.fileno(), 0, os.path.getsize(temp))  # a disk that is full says so here, and not in the middle
-    torch.serialization.set_default_mmap_options(mmap.MAP_SHARED)  # what is written to a tensor goes to the file
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process converts to {out}: waiting for it", file=sys.stderr)
+        lock.acquire()
     try:
-        weights = load_file(temp)["weights"]
+        yield written() != before
     finally:
-        torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE)
-    sums = {}
-    for path in sorted(set(files.values())):
-        with opened(path) as shard:
-            for theirs in (n for n in files if files[n] == path):
-                target, source, total = weights[names[theirs]], shard.get_slice(theirs), 0
-                for a, b in pieces(target):
-                    piece = source[a:b].to(target.dtype)
-                    target[a:b] = piece
-                    total = crc(piece, total)
-                    bar.update(piece.nbytes)
-                sums[names[theirs]] = total
-    del weights, target
-    os.fsync(f.fileno())
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is read back comes from the disk
-    weights = load_file(temp)["weights"]
+        with contextlib.suppress(OSError):  # Windows removes it in release
+            os.remove(lock.lock_file)
+        lock.release()
+
+def copy(source, like, bar, f=None):
+    """Read a tensor, or a slice of safetensors, in the dtype of `like`, some PIECE bytes at a time,
+    and write it to the file f. -> its checksum"""
+    rows, total = max(1, PIECE // like[0].nbytes), 0
+    for a in range(0, len(like), rows):
+        piece = source[a:a + rows].to(like.dtype).contiguous().view(torch.uint8).numpy()
+        if f:
+            f.write(piece)
+        total = zlib.crc32(piece, total)
+        bar.update(piece.nbytes)
+    return total
+
+def write(path, data, shards, names, bar):
+    """Lay the file out, fill its tensors, read them back. data: as save() of model.py writes it,
+    with weights that are allocated and never touched."""
+    with open(path, "wb") as f, torch.serialization.skip_data():
+        torch.save(data, f)
+    weights, sums, reader = data["weights"], {}, torch._C.PyTorchFileReader(path)
+    begin = {name: reader.get_record_offset(f"data/{i}") for i, name in enumerate(weights)}
+    del reader  # Windows removes no open file
+    with open(path, "r+b") as f:
+        for shard, tensors in shards.items():
+            with opened(shard) as source:
+                for theirs in tensors:
+                    name = names[theirs]
+                    f.seek(begin[name])
+                    sums[name] = copy(source.get_slice(theirs), weights[name], bar, f)
+        f.flush()
+        os.fsync(f.fileno())
+        if hasattr(os, "posix_fadvise"):  # so that it is read back from the disk, not from memory
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     bar.set_description("reading back")
-    for name, w in weights.items():
-        total = 0
-        for a, b in pieces(w):
-            total = crc(w[a:b], total)
-            bar.update(w[a:b].nbytes)
-        if total != sums[name]:
-            raise ValueError(f"{temp} does not read back as it was written ({name}): the disk may be faulty")
+    for name, w in read(path)["weights"].items():
+        if copy(w, w, bar) != sums[name]:
+            raise ValueError(f"{path} does not read back as it was written ({name}): the disk may "
+                             "be faulty")
 
-
-def convert(source, out, dtype=None, name=None):
-    """A folder -> the file out. name: one of HUB, if the folder is to be that. Raises ValueError, and leaves what stands at
-    out as it is, if anything is wrong."""
-    out = os.path.abspath(out)
-    if os.path.exists(out):
-        if os.path.commonpath([os.path.realpath(out), os.path.realpath(source)]) == os.path.realpath(source) or not os.path.isfile(out):
-            raise ValueError(f"--out {out} is a folder, a device or a file of the source: give the name of another file")
-        load_file(out)  # anything else than a checkpoint is not written over
-    config, notes = read_config(os.path.join(source, "config.json"))
-    files = find_shards(source)
-    if config.n_layer > len(files):
-        raise ValueError(f"{source}: n_layers is {config.n_layer}, and there are {len(files)} tensors in all")
-    tokenizer, names = from_folder(source), their_names(config)
+def fit_tokenizer(source, config, tokenizer, name):
+    """-> the config with the tokenizer's ids, extra of the checkpoint, notes. name: one of HUB, if
+    the source has to be that."""
     length = min(128, max(1, config.max_len // 2))
     extra = {"gen_length": length, "block_length": 32 if length % 32 == 0 else length}
-    if tokenizer:
-        top = max(tokenizer.bytes)
-        if top >= config.vocab_size:
-            raise ValueError(f"{source}: the tokenizer has the id {top}, and the network {config.vocab_size} rows")
-        if "<|endoftext|>" in tokenizer.special and tokenizer.special.get("<|mdm_mask|>", config.mask_id) != config.mask_id:
-            raise ValueError(f"{source}: mask_token_id is {config.mask_id} in config.json, and <|mdm_mask|> is {tokenizer.special['<|mdm_mask|>']} in the tokenizer")
-        config = dataclasses.replace(config, n_vocab=top + 1, eot_id=tokenizer.special.get("<|eot_id|>"))
-        headers = HEADERS.keys() & tokenizer.special.keys()
-        if config.vocab_size == 126464:
-            notes += check_llada(tokenizer, config)
-        if len(headers) == len(HEADERS) and "<|startoftext|>" in tokenizer.special:
-            extra["chat"] = "llada"
-        if fault := config.fault():
-            raise ValueError(f"{source}: with the tokenizer's ids, {fault}")
-    else:
-        notes.append(f"{source} has no tokenizer: the checkpoint works on ids (sample.py --ids 1,2,3)")
-    if name in HUB and (tokenizer is None or name != "llada-base" and "chat" not in extra):
-        raise ValueError(f"{source} is not {HUB[name]}: it has no {'headers of a chat in its ' if tokenizer else ''}tokenizer")
-    dtypes = look(files, names, config)
-    dtype = dtype or dtypes["model.transformer.wte.weight"]
-    if mixed := set(dtypes.values()) - {dtype}:
-        notes.append(f"tensors stored as {', '.join(sorted(str(d)[6:] for d in mixed))} are written as {str(dtype)[6:]}")
+    if not tokenizer:
+        if name in HUB:
+            raise ValueError(f"{source} is not {HUB[name]}: it has no tokenizer")
+        return config, extra, [f"{source} has no tokenizer: the checkpoint works on ids "
+                               "(sample.py --ids 1,2,3)"]
+    special, top = tokenizer.special, max(tokenizer.bytes)
+    mask = special.get("<|mdm_mask|>", config.mask_id)
+    if top >= config.vocab_size:
+        raise ValueError(f"{source}: the tokenizer has the id {top}, and the network "
+                         f"{config.vocab_size} rows")
+    if "<|endoftext|>" in special and mask != config.mask_id:
+        raise ValueError(f"{source}: mask_token_id is {config.mask_id} in config.json, and "
+                         f"<|mdm_mask|> is {mask} in the tokenizer")
+    config = dataclasses.replace(config, n_vocab=top + 1, eot_id=special.get("<|eot_id|>"))
+    notes = check_llada(tokenizer, config) if config.vocab_size == 126464 else []
+    if fault := config.fault():
+        raise ValueError(f"{source}: with the tokenizer's ids, {fault}")
+    if {*LLADA["headers"], "<|startoftext|>"} <= special.keys():
+        extra["chat"] = "llada"
+    elif name in HUB and name != "llada-base":
+        raise ValueError(f"{source} is not {HUB[name]}: it has no headers of a chat in its "
+                         "tokenizer")
+    return config, extra, notes
+
+def convert(source, out, dtype=None, name=None):
+    """Convert a folder to the file out. name: one of HUB, if the folder has to be that. ValueError
+    if anything is wrong; a file out that exists then stays as it is."""
+    out = os.path.abspath(out)
+    config, notes = read_config(os.path.join(source, "config.json"))
+    shards = find_shards(source)
+    if config.n_layer > (n := sum(map(len, shards.values()))):
+        raise ValueError(f"{source}: n_layers is {config.n_layer}, and the files have {n} tensors")
+    tokenizer = from_folder(source)
+    config, extra, more = fit_tokenizer(source, config, tokenizer, name)
+    names = their_names(config)
     with torch.device("meta"):
-        model = DiffusionLM(config)
-    weights = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.state_dict().items()}  # memory that is never touched
+        shapes = {name: p.shape for name, p in DiffusionLM(config).state_dict().items()}
+    dtypes = check_headers(shards, names, shapes)
+    dtype = dtype or dtypes["model.transformer.wte.weight"]
+    weights = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
     size = sum(w.nbytes for w in weights.values())
-    print(f"{len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} parameters, {str(dtype)[6:]}, {size / 1e9:.1f} GB -> {out}")
-    for note in notes:
+    print(f"{len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} parameters, "
+          f"{str(dtype)[6:]}, {amount(size)} -> {out}")
+    if mixed := sorted(str(d)[6:] for d in set(dtypes.values()) - {dtype}):
+        more.append(f"tensors stored as {', '.join(mixed)} are written as {str(dtype)[6:]}")
+    for note in notes + more:
         print(f"note: {note}")
-    data = {"format": "dkv-min 1", "config": dataclasses.asdict(config), "weights": weights, "tokenizer": tokenizer.state() if tokenizer else None, "extra": extra}
+    data = {"format": FORMAT, "config": dataclasses.asdict(config), "weights": weights,
+            "tokenizer": tokenizer.state() if tokenizer else None, "extra": extra}
     temp = f"{out}.converting"
-    make_folder(out)
-    with only_one(temp, out) as f:
-        if f is None:
+    with only_one(out) as written:
+        if written:
             print(f"{out} was written by the other process")
             return
-        room(out, size)
         try:
-            with tqdm(total=2 * size, unit="B", unit_scale=True, unit_divisor=1000, desc="writing") as bar:
-                write(f, temp, data, files, names, bar)
+            if os.path.exists(temp):  # of a process that was killed
+                os.remove(temp)
+            room(out, size)
+            with tqdm(total=2 * size, unit="B", unit_scale=True, unit_divisor=1000,
+                      desc="writing") as bar:
+                write(temp, data, shards, names, bar)
+            load(temp, "meta")  # everything that is checked on loading
+            os.replace(temp, out)
         except (OSError, RuntimeError) as e:  # torch wraps some of the former in the latter
-            full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-            raise ValueError(f"cannot write {temp}: {first_line(e)}{', so free the space, or give another --out' if full else ''}") from None
-        load(temp)  # everything that is checked on loading
-        os.replace(temp, out)
+            raise ValueError(f"cannot write {out}: {first_line(e)}") from None
+        finally:
+            if os.path.exists(temp):
+                os.remove(temp)
 
-
-def make_folder(path):
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    except OSError as e:
-        raise ValueError(f"cannot write {path}: {e.strerror}") from None
-
-
-def room(path, size, credit=0):
-    """Whether size more bytes fit where path is to be; credit: bytes there that will be used up or are counted already."""
-    folder = os.path.dirname(path)
-    free = shutil.disk_usage(folder).free + credit
-    if free < size * 1.01:
-        raise ValueError(f"{path} needs {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is known of the real LLaDA, from other people's copies of it: its files could not be fetched where this was written
-
-HEADERS = {"<|start_header_id|>": 126346, "<|end_header_id|>": 126347, "<|eot_id|>": 126348}
-
+# -------------------------------------------------------------------------------------------------
+# the real LLaDA, to compare a tokenizer with. In llada.json the special tokens are those of its
+# tokenizer_config.json, and the texts were spelled by other people's copies
 
 def special_tokens(base=False):
-    """LLaDA's added tokens, {text: id}; the base model is said to lack the three headers."""
-    names = {126080: "<|startoftext|>", 126081: "<|endoftext|>", 126082: "[CLS]", 126083: "[gMASK]", 126336: "<|mdm_mask|>", 126340: "<role>", 126341: "</role>", 126342: "<|arithmetic_start|>",
-             126343: "<|arithmetic_end|>", 126344: "<|number_start|>", 126345: "<|number_end|>"}
-    names |= {126084 + i: f"<|reserved_token_{i}|>" for i in range(252)} | {126337 + i: f"<|reserved_token_{253 + i}|>" for i in range(3)}
-    return {text: i for i, text in sorted(names.items())} | ({} if base else HEADERS)
-
-
-SPELLED = {"Hello world": [14455, 1931], "\n\n\n": [198, 198, 198], "  leading spaces": [220, 6135, 11435], "x  \n  y": [87, 256, 198, 220, 340],
-           "numbers 12345 and 3.14159 and 1,000,000": [84857, 220, 16, 17, 18, 19, 20, 301, 220, 18, 13, 16, 19, 16, 20, 24, 301, 220, 16, 11, 15, 15, 15, 11, 15, 15, 15],
-           "I'm you're they've he'll she'd it's WE'LL DON'T": [40, 3180, 362, 3273, 792, 3868, 464, 4164, 1285, 5800, 403, 698, 23437, 6, 2477, 64831, 33375]}
-CHAT = {"<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nWhat is paged attention?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n":
-        [126080, 126346, 3840, 126347, 198, 198, 2372, 341, 282, 4831, 6098, 30, 126348, 126346, 598, 10450, 126347, 198, 198]}
-
+    """LLaDA's added tokens, ordered by id, {text: id}. The base model lacks headers of a chat."""
+    names = LLADA["special"] | ({} if base else LLADA["headers"])
+    names |= {f"<|reserved_token_{i}|>": 126084 + i for i in range(256) if i != 252}
+    return dict(sorted(names.items(), key=lambda pair: pair[1]))
 
 def check_llada(tokenizer, config):
-    """-> sentences about what is otherwise than expected. Special ids of an Instruct model that are wrong: ValueError. Base is
-    what has none of the three headers."""
-    base = not HEADERS.keys() & tokenizer.special.keys()
-    expected = special_tokens(base)
-    wrong = [text for text, i in expected.items() if tokenizer.special.get(text) != i]
-    notes = [f"{text} is {tokenizer.special.get(text)}, and {expected[text]} was expected" for text in wrong]
+    """-> notes about what differs from the real LLaDA. ValueError for an Instruct model with wrong
+    special ids. A tokenizer without any headers of a chat is the base model's."""
+    special = tokenizer.special
+    base = not LLADA["headers"].keys() & special.keys()
+    expected, spelled = special_tokens(base), LLADA["spelled"] | ({} if base else LLADA["chat"])
+    notes = [f"{text} is {special.get(text)}, expected {i}" for text, i in expected.items()
+             if special.get(text) != i]
+    right = len(expected) - len(notes)
     if config.mask_id != 126336 or config.eos_id != 126081:
-        notes.append(f"config.json has the mask {config.mask_id} and the end of text {config.eos_id}, and 126336 and 126081 were expected")
+        notes.append(f"config.json has the mask {config.mask_id} and the end of text "
+                     f"{config.eos_id}, expected 126336 and 126081")
     if notes and not base:
-        raise ValueError(f"this is not LLaDA-8B-Instruct, although it has headers of a chat: {notes[0]}" + (f" (and {len(notes) - 1} more)" if len(notes) > 1 else ""))
-    spelled = SPELLED if base else SPELLED | CHAT
-    other = [text for text, ids in spelled.items() if tokenizer.encode(text, special=True) != ids]
-    n = len(tokenizer.ranks)
-    if n + len(tokenizer.unmerged) != 126080 or len(tokenizer.special) != len(expected):
-        notes.append(f"the tokenizer has {n:,} tokens of text, {len(tokenizer.unmerged):,} that no merge makes and {len(tokenizer.special)} special ones; 126,080 in all and {len(expected)} were expected")
-    notes += [f"{text[:30]!r} begins with the ids {tokenizer.encode(text, special=True)[:4]}, and {spelled[text][:4]} was expected" for text in other]
-    print(f"tokenizer: {n:,} tokens spell themselves, {len(expected) - len(wrong)} of {len(expected)} special ids and {len(spelled) - len(other)} of {len(spelled)} texts are as expected; "
-          f"{'Base (it lacks the headers of a chat)' if base else 'Instruct (it has the headers of a chat)'}")
-    return notes
+        more = f" (and {len(notes) - 1} more)" if len(notes) > 1 else ""
+        raise ValueError("this is not LLaDA-8B-Instruct, although it has headers of a chat: "
+                         f"{notes[0]}{more}")
+    found = {text: tokenizer.encode(text, special=True) for text in spelled}
+    other = [f"{text[:30]!r} begins with the ids {found[text][:4]}, expected {ids[:4]}"
+             for text, ids in spelled.items() if found[text] != ids]
+    n, unmerged = len(tokenizer.ranks), len(tokenizer.unmerged)
+    if n + unmerged != 126080 or len(special) != len(expected):
+        notes.append(f"the tokenizer has {n + unmerged:,} tokens of text ({unmerged:,} of them are "
+                     f"never made) and {len(special)} special ones, expected 126,080 and "
+                     f"{len(expected)}")
+    kind = "Base (without headers of a chat)" if base else "Instruct (with headers of a chat)"
+    print(f"tokenizer: {n:,} tokens spell text; {right} of {len(expected)} special ids and "
+          f"{len(spelled) - len(other)} of {len(spelled)} texts are as expected; {kind}")
+    return notes + other
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # fetching
 
-WANTED = ["*.safetensors", "*.json", "merges.txt"]
+def ask_user():
+    """Ask before much is fetched or written. The flag --yes is sample.py's, which starts this."""
+    if not sys.stdin or not sys.stdin.isatty():
+        raise ValueError("this fetches or writes much, and nobody can be asked: add --yes")
+    print("continue? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise ValueError("nothing was fetched or written")
 
-
-def cached(repo):
-    """-> the folder of a snapshot that was fetched before and is whole, or None."""
-    from huggingface_hub import snapshot_download
+def fetch(repo, out, ask=False):
+    """Fetch a repository into huggingface_hub's own folder, unless it is there. -> the folder"""
     try:
-        folder = snapshot_download(repo, allow_patterns=WANTED, local_files_only=True)
-        find_shards(folder)
-    except Exception:  # whatever is missing, fetching will say it
-        return None
-    return folder if all(os.path.exists(os.path.join(folder, f)) for f in ("config.json", "tokenizer.json")) else None
-
-
-def fetch(repo, out, ask=None):
-    """Fetches a repository into huggingface_hub's own folder, unless it is there. ask(question) -> whether to go on."""
-    try:
-        import safetensors  # noqa: F401  before 16 GB are fetched, not behind
+        import safetensors  # noqa: F401  needed only later, but say so before 16 GB are fetched
         from huggingface_hub import constants, snapshot_download
     except ImportError as e:
         raise ValueError(f"fetching {repo} needs the package {e.name}: {INSTALL}") from None
-    folder, out, store = cached(repo), os.path.abspath(out), constants.HF_HUB_CACHE
+    wanted = ["*.safetensors", "*.json", "merges.txt"]
+    folder, out, store = None, os.path.abspath(out), constants.HF_HUB_CACHE
+    with contextlib.suppress(Exception):  # fetching will name what is wrong
+        there = snapshot_download(repo, allow_patterns=wanted, local_files_only=True)
+        if find_shards(there) and {"config.json", "tokenizer.json"} <= {*os.listdir(there)}:
+            folder = there
     if not folder and constants.HF_HUB_OFFLINE:
-        raise ValueError(f"HF_HUB_OFFLINE is set, and {repo} was not fetched before: unset it, or give a folder that has the files")
-    make_folder(out)
-    make_folder(os.path.join(store, "x"))
-    size = sum(os.path.getsize(path) for path in set(find_shards(folder).values())) if folder else 16.1e9 if repo in HUB.values() else 0
-    amount, free = f"{size / 1e9:.2g} GB" if size else "all of it", {path: shutil.disk_usage(path).free / 1e9 for path in (store, os.path.dirname(out))}
-    plan = f"was fetched before ({folder})" if folder else f"will be fetched: {amount} from huggingface.co to {store} ({free[store]:.0f} GB free)"
-    print(f"{repo} {plan}, and converted: {amount} to {out} ({free[os.path.dirname(out)]:.0f} GB free)", file=sys.stderr)
-    left = os.path.getsize(f"{out}.converting") if os.path.exists(f"{out}.converting") else 0
-    blobs = os.path.join(store, f"models--{repo.replace('/', '--')}", "blobs")
-    here = sum(os.path.getsize(os.path.join(blobs, f)) for f in os.listdir(blobs)) if os.path.isdir(blobs) else 0
-    same = os.stat(os.path.dirname(out)).st_dev == os.stat(store).st_dev
-    room(out, size if folder or not same else 2 * size, left if folder or not same else left + here)
-    if not folder and not same:
-        room(os.path.join(store, "x"), size, here)
-    if ask and not ask("go on?"):
-        raise ValueError("nothing was fetched or written")
-    if folder:
-        return folder
+        raise ValueError(f"HF_HUB_OFFLINE is set, and {repo} was not fetched before: unset it, or "
+                         "give a folder that has the files")
+    size = sum(map(os.path.getsize, find_shards(folder))) if folder else (
+        16.1e9 if repo in HUB.values() else 0)
+    if not folder:
+        blobs = os.path.join(store, f"models--{repo.replace('/', '--')}", "blobs", "*")
+        rest = size - sum(map(os.path.getsize, glob.glob(blobs)))  # of an interrupted fetch
+        room(os.path.join(store, ""), rest)
+        room(out, size + rest * (os.stat(store).st_dev == os.stat(os.path.dirname(out)).st_dev))
+    words = amount(size) if size else "all of it"
+    free = [amount(shutil.disk_usage(path).free) for path in (store, os.path.dirname(out))]
+    plan = f"was fetched before ({folder})" if folder else (
+        f"will be fetched: {words} from huggingface.co to {store} ({free[0]} free)")
+    print(f"{repo} {plan}, and converted: {words} to {out} ({free[1]} free)", file=sys.stderr)
+    if ask:
+        ask_user()
     try:
-        return snapshot_download(repo, allow_patterns=WANTED)
+        return folder or snapshot_download(repo, allow_patterns=wanted)
     except Exception as e:
-        raise ValueError(f"cannot fetch {repo}: {first_line(e)[:200]}; what was fetched is kept, so try again, or fetch it elsewhere and give the folder") from None
-
-
-def ask_user(yes):
-    """-> ask for fetch(): nothing is asked with --yes; without a terminal somebody has to have said so."""
-    def ask(question):
-        if not sys.stdin or not sys.stdin.isatty():
-            raise ValueError("this fetches or writes much, and there is nobody to ask: add --yes")
-        print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
-        return sys.stdin.readline().strip().lower() in ("y", "yes")
-    return None if yes else ask
-
+        raise ValueError(f"cannot fetch {repo}: {first_line(e)[:200]}; the files fetched so far "
+                         "are kept: try again, or fetch it elsewhere and give the folder") from None
 
 def main(argv=None):
-    from sample import Parser
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("source", metavar="llada|llada-base|llada-1.5|HUB_ID|DIR")
     p.add_argument("--out", metavar="FILE", help="default: checkpoints/NAME.pt")
     p.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: as stored")
+    p.add_argument("--ask", action="store_true", help="ask before fetching (sample.py gives this)")
     args = p.parse_args(argv)
-    source, name = args.source, os.path.basename(os.path.normpath(args.source))
-    looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not os.path.isdir(source.split("/")[0])
-    hub = None if os.path.isdir(source) else HUB.get(source, source if looks_like_hub else None)
-    if hub is None and not os.path.isdir(source):
-        raise ValueError(f"there is no folder {source}: give one, or {', '.join(HUB)}, or the id of a repository on huggingface.co")
-    out = os.path.join(ROOT, "checkpoints", f"{name}.pt") if args.out is None else args.out
-    if not os.path.basename(out):
-        raise ValueError(f"--out {out!r} is not the name of a file")
-    folder = fetch(hub, out) if hub else source
-    convert(folder, out, getattr(torch, args.dtype) if args.dtype else None, source if hub else None)
-    print(f"{out}: python sample.py --ckpt {source if source in HUB and args.out is None else out}")
+    source, out = args.source, args.out
+    hub = HUB.get(source) or (None if os.path.isdir(source) else source)
+    if hub == source and (not re.fullmatch(r"[\w.-]+/[\w.-]+", hub)
+                          or os.path.isdir(hub.split("/")[0])):
+        raise ValueError(f"there is no folder {source}: give one, or {', '.join(HUB)}, or the id "
+                         "of a repository on huggingface.co")
+    if out is None:
+        name = os.path.basename(os.path.normpath(source))
+        out = os.path.join(ROOT, "checkpoints", f"{name}.pt")
+    room(os.path.abspath(out), 0)  # makes its folder
+    check_out(out, only="checkpoint")
+    folder = fetch(hub, out, args.ask) if hub else source
+    convert(folder, out, args.dtype and getattr(torch, args.dtype), source if hub else None)
+    print(f"{out}: python sample.py --ckpt {source if source in HUB and not args.out else out}")
     return 0
 
-
 if __name__ == "__main__":
-    from sample import launch
     launch(main)

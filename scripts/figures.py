@@ -1,21 +1,19 @@
-"""The four pictures of the README: what a run looks like, why the delay, quality against speed, gain against length.
+"""The pictures of the READMEs.
 
-python scripts/figures.py                                    draws assets/*.png from assets/figures.json, in seconds
-python scripts/figures.py --measure                          measures what that file lacks (the better part of an hour)
-python scripts/figures.py --measure --n 20 --dir /tmp/try    the same in the small, elsewhere
-python scripts/figures.py --measure speed length             measures these anew: on an idle machine, they are times
+python scripts/figures.py                      draws assets/ from assets/figures.json: seconds
+python scripts/figures.py --measure [PART]     what that file lacks, or PART again: up to an hour
+python scripts/figures.py --measure --n 20 --dir /tmp/try    the same in small, elsewhere
 
-    map      which positions each step runs, Decode and Greedy, one problem of the checkpoint
-    settle   how much the keys and values of a position change around the step that decodes it, and how far cached ones drift
-    speed    generated tokens/s of the runs of `quality`, one prompt at a time, in turn, medians
-    length   bench.py --scale
-    quality  exact answers of every run on the same problems (tradeoff.py's way), in processes; goes on where it was killed
+watch    what each step runs and decodes, no cache beside Decode and Greedy, one problem
+settle   how keys and values change around their token's decoding, and how cached ones drift
+length   bench.py --scale; measure it on an idle machine
+quality  right answers of every run on the same problems, in processes; resumes after a kill
 """
-import argparse
+import contextlib
+import io
+import itertools
 import json
 import os
-import statistics
-import subprocess
 import sys
 
 import numpy as np
@@ -24,172 +22,126 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from dkv_min import KVCache, generate  # noqa: E402
-from sample import HERE, Parser, launch, load_checkpoint, pick_device  # noqa: E402
-from scripts.tradeoff import NEVER, collect, weigh, wilson  # noqa: E402
-from scripts.watch import MARKS, marks_of  # noqa: E402
+from dkv_min import KVCache, generate
+from scripts import bench
+from scripts.accuracy import NEVER, collect, load_problems, parser, wilson
+from support.checkpoint import atomic_write, first_line
+from support.cli import ROOT, check_bounds, check_out, launch
+from support.evaluate import encode
+from support.watch import MARKS, marks_of
 
+PARTS = ("watch", "settle", "length", "quality")
 BEFORE, AFTER = 8, 16  # steps around the decoding
-PARTS = ("map", "settle", "speed", "length", "quality")
-REFRESHES = (2, 4, 8, NEVER)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# measuring
 
 def settings(model, **how):
-    return dict(gen_length=model.extra["gen_length"], block_length=model.extra["block_length"]) | how
+    return {name: model.extra[name] for name in ("gen_length", "block_length")} | how
 
+def measure_watch(model, tokenizer, ids):
+    """-> per run the marks of --watch, a string per step, and the texts of the final tokens."""
+    ends, runs = (model.config.eos_id, model.config.eot_id), []
+    greedy = dict(cache="greedy", refresh=8, remasking=model.extra.get("known_order", "random"))
+    for name, how in (("No cache", dict(cache="none")),
+                      ("Decode, refresh 8", dict(cache="decode", refresh=8)),
+                      ("Greedy, refresh 8, window 4", greedy)):
+        steps, g = [], torch.Generator().manual_seed(0)
+        r = generate(model, [ids], generator=g, **settings(model, **how), on_step=lambda _, *what:
+                     steps.append([t[0].tolist() for t in what]))
+        rows = ["".join(marks_of(*step, model.config.mask_id)) for step in steps]
+        texts = ["~" if t in ends else tokenizer.decode([t]) for t in r.tokens[0]]
+        runs.append(dict(name=name, rows=rows, texts=texts, run=r.positions_run[0],
+                         full=r.positions_full[0]))
+    return dict(prompt_len=len(ids), runs=runs)
 
-def known_order(model):
-    return model.extra.get("known_order", "random")
-
-
-def measure_map(model, prompts):
-    found = []
-    for name, how in (("Decode, refresh 8", dict(cache="decode", refresh=8)), ("Greedy, refresh 8, window 4", dict(cache="greedy", refresh=8, remasking=known_order(model)))):
-        rows = []
-        result = generate(model, prompts[:1], generator=torch.Generator().manual_seed(0), **settings(model, **how),
-                          on_step=lambda i, *what: rows.append("".join(marks_of(*(t[0].tolist() for t in what), model.config.mask_id))))
-        found.append(dict(name=name, rows=rows, run=result.positions_run[0], full=result.positions_full[0]))
-    return dict(prompt_len=len(prompts[0]), block_length=model.extra["block_length"], runs=found)
-
-
-def flat(cache):
-    """Keys and values of every layer, one row of numbers a position: (2, n_layer, T, width), of the only prompt. RoPE turns the
-    keys of a position always alike, so that it changes no cosine."""
-    return torch.stack([cache.k, cache.v])[:, :, 0].flatten(3)
-
-
-def fresh(model, x):
-    """The keys and values that a full forward on x (1, T) gives."""
-    cache = KVCache(model, 1, x.shape[1])
-    model(x, None, cache, torch.zeros(1, 1, dtype=torch.int64, device=x.device))
-    return flat(cache)
-
-
-def start(model, ids):
-    return torch.tensor([ids + [model.config.mask_id] * model.extra["gen_length"]], device=model.wte.weight.device)
-
-
-def answers(model, x):
-    """Columns (T,) of the answer up to its first end of text, that one included. What fills the rest says little."""
-    column, G = torch.arange(x.shape[1]), model.extra["gen_length"]
-    ends = ((x[0] == model.config.eos_id).cpu() & (column >= len(column) - G)).nonzero()
-    return (column >= len(column) - G) & (column <= (ends[0] if len(ends) else len(column)))
-
-
-def settling(model, ids):
-    """An uncached run -> how similar K and V of each step are to those of the step before, (2, n_layer, steps - 1, T), and how
-    many steps after the one that decodes the position that is, (steps - 1, T)."""
-    x, seen, when = start(model, ids), [], torch.zeros(len(ids) + model.extra["gen_length"], dtype=torch.int64)
+def trace(model, ids, **how):
+    """A run -> each step's tokens, what it ran and what it decoded, (steps, T); K and V of every
+    layer as in its cache and as of a full forward, (2, n_layer, steps, T, width); the columns of
+    the answer without padding, (T,). RoPE always turns the keys of a position by the same angles,
+    which changes no cosine."""
+    config, device, caches, steps = model.config, model.wte.weight.device, [], []
+    x = torch.tensor([ids + [config.mask_id] * model.extra["gen_length"]], device=device)
 
     def look(i, tokens, run, decoded):
         nonlocal x
-        seen.append(fresh(model, x).cpu())  # of what this step was given
-        when[decoded[0].cpu()] = i
+        fresh = KVCache(model, 1, x.shape[1])
+        model(x, None, fresh, torch.zeros(1, 1, dtype=torch.int64, device=device))
+        kv = [torch.stack([c.k, c.v])[:, :, 0].flatten(3) for c in (caches[0] or fresh, fresh)]
+        caches.clear()
+        steps.append([t.cpu() for t in (x[0], run[0], decoded[0], *kv)])
         x = tokens
 
-    generate(model, [ids], on_step=look, **settings(model, cache="none"))
-    kv = torch.stack(seen, 2)                                                  # (2, n_layer, steps, T, width)
-    return F.cosine_similarity(kv[:, :, 1:], kv[:, :, :-1], dim=-1), torch.arange(1, len(seen))[:, None] - when, answers(model, x)
+    with model.register_forward_hook(lambda module, args, out: caches.append(args[2])):
+        generate(model, [ids], on_step=look, **settings(model, **how))
+    *rows, cached, fresh = zip(*steps)
+    answer = torch.arange(x.shape[1]) >= len(ids)
+    ends = answer & (x[0] == config.eos_id).cpu()
+    counts = answer & (ends.cumsum(0) == ends)  # to the first end of text
+    return *map(torch.stack, rows), torch.stack(cached, 2), torch.stack(fresh, 2), counts
 
+def settling(model, ids):
+    """Without a cache -> similarity of each step's K and V to the step before's, (2, n_layer,
+    steps - 1, T); steps since the position was decoded, (steps - 1, T); columns that count, (T,)"""
+    *_, decoded, _, kv, counts = trace(model, ids, cache="none")
+    after = torch.arange(1, len(decoded))[:, None] - decoded.int().argmax(0)
+    return F.cosine_similarity(kv[:, :, 1:], kv[:, :, :-1], dim=-1), after, counts
 
 def drifting(model, ids, delay):
-    """Decode, never refreshed -> how similar cached K and V are to those of a full forward on the same tokens, (2, n_layer,
-    steps, T), and how many steps ago they were computed, (steps, T); -1 where no token stands that was decoded since all ran."""
-    x, age, known, ages, similar, last = start(model, ids), 0, None, [], [], []
-    hook = model.register_forward_hook(lambda module, args, out: last.append(args[2]))
-
-    def look(i, tokens, run, decoded):
-        nonlocal x, age, known
-        similar.append(F.cosine_similarity(flat(last[-1]), fresh(model, x), dim=-1).cpu())
-        age, there = (age + 1) * ~run[0].cpu(), (x[0] != model.config.mask_id).cpu()
-        if i % model.extra["block_length"] < 2:  # a block begins, and all are run
-            known = there
-        ages.append(age.where(there & ~known, -1))
-        last.clear()
-        x = tokens
-
-    try:
-        generate(model, [ids], on_step=look, **settings(model, cache="decode", refresh=NEVER, delay=delay))
-    finally:
-        hook.remove()
-    return torch.stack(similar, 2), torch.stack(ages), answers(model, x)
-
+    """Decode, never refreshed -> similarity of cached K and V to a full forward's, (2, n_layer,
+    steps, T); steps since they were computed, (steps, T), -1 for all but tokens decoded since
+    everything ran; columns that count, (T,)"""
+    x, run, _, cached, fresh, counts = trace(model, ids, cache="decode", refresh=NEVER, delay=delay)
+    step, L = torch.arange(len(x)), model.extra["block_length"]
+    age = step[:, None] - (step[:, None] * run).cummax(0).values
+    token = x != model.config.mask_id
+    known = token[step - (step % L - 1).clamp(min=0)]  # a block's first two steps run everything
+    return F.cosine_similarity(cached, fresh, dim=-1), age.where(token & ~known, -1), counts
 
 def means(parts, keys):
-    """Averages by key, over parts (values (2, n_layer, steps, T), keys (steps, T), columns that count (T,)) -> lists
-    [K or V][layer][key], None where there is nothing, and how many values each is the mean of."""
-    total, count = 0, 0
+    """Averages by key, over parts (values (2, n_layer, steps, T), keys (steps, T), columns that
+    count (T,)) -> keys; means [K or V][layer][key], None without a value; how many values."""
+    total = count = 0
     for values, key, counts in parts:
-        hits = torch.stack([(key == k) & counts for k in keys]).flatten(1).to(values.dtype)            # (keys, steps * T)
-        total, count = total + values.flatten(2) @ hits.T, count + hits.sum(1)
-    return [[[round(v, 5) if n else None for v, n in zip(layer, count.tolist())] for layer in kind] for kind in (total / count).tolist()], count.int().tolist()
-
+        hits = torch.stack([(key == k) & counts for k in keys]).flatten(1)     # (keys, steps * T)
+        total = total + values.flatten(2) @ hits.to(values.dtype).T
+        count = count + hits.sum(1)
+    mean = [[[round(v, 5) if n else None for v, n in zip(layer, count)] for layer in kind]
+            for kind in (total / count).tolist()]
+    return dict(x=list(keys), mean=mean, count=count.tolist())
 
 def measure_settle(model, prompts):
-    keys = {"similar": range(-BEFORE, AFTER + 1), "delay": range(model.extra["block_length"] - 1), "no delay": range(model.extra["block_length"] - 1)}
-    parts = {name: [] for name in keys}
-    for ids in tqdm(prompts, "settle", unit="prompt", disable=None):
-        for name in keys:
-            parts[name].append(settling(model, ids) if name == "similar" else drifting(model, ids, name == "delay"))
-    found = dict(prompts=len(prompts))
-    for name in keys:
-        values, count = means(parts[name], keys[name])
-        found[name] = dict(x=list(keys[name]), mean=values, count=count)
-    return found
-
+    keys = [range(-BEFORE, AFTER + 1), *[range(model.extra["block_length"] - 1)] * 2]
+    parts = zip(*((settling(model, ids), drifting(model, ids, True), drifting(model, ids, False))
+                  for ids in tqdm(prompts, "settle", unit="prompt", disable=None)))
+    return dict(prompts=len(prompts), **{
+        name: means(*found) for name, *found in zip(("similar", "delay", "no delay"), parts, keys)})
 
 def quality_runs(model):
     """-> settings of every point; steps as a share of the tokens."""
-    G, known = model.extra["gen_length"], known_order(model)
-    blocks = G // model.extra["block_length"]
-    share = {k: max(1, round(G / k / blocks)) * blocks / G for k in (2, 3, 4, 8)}  # steps have to be a multiple of the blocks
-    refreshes = [r for r in REFRESHES if r < model.extra["block_length"] or r == NEVER]
-    found = [dict(cache="none", remasking=order, steps=s) for order in ("low_confidence", known) for s in (1, *share.values())]
-    found += [dict(cache="decode", remasking="low_confidence", refresh=8, steps=share[k]) for k in (2, 4)]
-    for r in refreshes:
-        for delay in (True, False):
-            found += [dict(cache="decode", remasking="low_confidence", refresh=r, delay=delay)]
-            found += [dict(cache="greedy", remasking=known, refresh=r, window=w, delay=delay) for w in (4, 0)]
+    G, L, known = (model.extra.get(name, "random")
+                   for name in ("gen_length", "block_length", "known_order"))
+    blocks = G // L  # of which steps have to be a multiple
+    share = {k: max(1, round(G / k / blocks)) * blocks / G for k in (2, 3, 4, 8)}
+    found = [dict(cache="none", remasking=order, steps=s)
+             for order in ("low_confidence", known) for s in (1, *share.values())]
+    decode = dict(cache="decode", remasking="low_confidence")
+    found += [dict(**decode, refresh=8, steps=share[k]) for k in (2, 4)]
+    for r, delay in itertools.product((2, 4, 8, NEVER), (True, False)):
+        if r < L or r == NEVER:
+            greedy = dict(cache="greedy", remasking=known, refresh=r)
+            found += [dict(**decode, refresh=r, delay=delay),
+                      *(dict(**greedy, window=w, delay=delay) for w in (4, 0))]
     return found
-
 
 def measure_quality(model, args, log):
     runs, n = quality_runs(model), args.n
-    parts = collect(runs, n, args.batch_size, args.ckpt, pick_device(args.device), args.workers, log, dict(weights=weigh(model), runs=repr(runs)))
-    rows = []
-    for run, how in enumerate(runs):
-        mine = [part for (r, _), part in parts.items() if r == run]
-        right, ran, full = (sum(map(get, mine)) for get in (lambda part: sum(part["right"]), lambda part: part["ran"], lambda part: part["full"]))
-        rows.append(dict(how=how, right=right, n=n, positions=ran / n, fewer=round(full / ran, 3)))
+    rows = [dict(how=how, right=sum(a["right"]), n=n, positions=a["ran"] / n,
+                 fewer=round(a["full"] / a["ran"], 3))
+            for how, a in zip(runs, collect(args, runs, log, repr(runs)))]
     return dict(n=n, gen_length=model.extra["gen_length"], rows=rows)
 
-
-def measure_speed(model, prompts, repeats=3):
-    runs, prompts = quality_runs(model), prompts[:4]
-    times = [[] for _ in runs]
-    with tqdm(total=len(runs) * (repeats + 1), desc="speed", unit="run", disable=None) as bar:
-        for repeat in range(repeats + 1):  # the first is the warm-up
-            for taken, how in zip(times, runs):
-                seconds = sum(generate(model, [ids], **settings(model, **how | dict(steps=round(model.extra["gen_length"] * how.get("steps", 1))))).seconds for ids in prompts)
-                taken += [seconds] if repeat else []
-                bar.update()
-    tokens = len(prompts) * model.extra["gen_length"]
-    return dict(prompts=len(prompts), repeats=repeats, device=model.wte.weight.device.type, threads=torch.get_num_threads(), dtype=str(model.wte.weight.dtype)[6:], torch=torch.__version__,
-                rows=[dict(how=how, tokens_per_s=round(tokens / statistics.median(taken), 2)) for how, taken in zip(runs, times)])
-
-
-def measure_length(args, path):
-    """bench.py --scale, in a process of its own -> its numbers."""
-    code = subprocess.run([sys.executable, os.path.join(HERE, "scripts", "bench.py"), "--scale", *map(str, args.lengths), "--device", args.device, "--json", path], stdout=subprocess.DEVNULL).returncode
-    if code:
-        raise ValueError("bench.py --scale did not finish: what it says stands above")
-    with open(path, encoding="utf-8") as f:
-        found = json.load(f)
-    os.remove(path)
-    return found
-
+def measure_length(device):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        bench.main(["--scale", "--device", device])
+    return json.loads(out.getvalue().splitlines()[-1])
 
 def read_numbers(path):
     try:
@@ -197,225 +149,254 @@ def read_numbers(path):
             return dict(json.load(f))
     except FileNotFoundError:
         return {}
-    except OSError as e:
-        raise ValueError(f"cannot read {path}: {e.strerror}") from None
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} holds no numbers of this script: give another --dir, or delete it") from None
-
+    except (OSError, ValueError, TypeError) as e:
+        raise ValueError(f"{path} has no numbers ({first_line(e)}): delete it") from None
 
 def write_numbers(path, numbers):
-    """Whole or not at all, one line a part."""
-    try:
-        with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-            f.write("{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in numbers.items()) + "\n}\n")
-        os.replace(f"{path}.tmp", path)
-    except OSError as e:
-        raise ValueError(f"cannot write {path}: {e.strerror}") from None
-
+    lines = (f"{json.dumps(name)}: {json.dumps(part)}" for name, part in numbers.items())
+    with atomic_write(path, "w") as f:
+        f.write("{\n" + ",\n".join(lines) + "\n}\n")
 
 def measure(args):
-    """Measures the parts that are named, or all that the file lacks; each is written down as soon as it is there."""
-    path, log = os.path.join(args.dir, "figures.json"), os.path.join(args.dir, "quality.log")
-    model, tokenizer = load_checkpoint(args.ckpt, pick_device(args.device), "auto")
-    lacking = [name for name in ("problems", "gen_length", "block_length", "template") if name not in model.extra]
-    if lacking or tokenizer is None:
-        raise ValueError(f"{args.ckpt} brings no problems with known answers")
-    args.n = min(args.n, len(model.extra["problems"]))
-    numbers, about = read_numbers(path), dict(ckpt=os.path.basename(args.ckpt), weights=weigh(model), n=args.n)
-    if numbers.setdefault("about", about) != about:
-        raise ValueError(f"{path} has the numbers of {numbers['about']['ckpt']} with --n {numbers['about']['n']}: give the same ones or another --dir, or delete it")
-    prompts = [tokenizer.encode(model.extra["template"].replace("{}", question)) for question, _ in model.extra["problems"][:args.n]]
-    ways = dict(map=lambda: measure_map(model, prompts), settle=lambda: measure_settle(model, prompts[:50]), speed=lambda: measure_speed(model, prompts),
-                length=lambda: measure_length(args, f"{path}.length"), quality=lambda: measure_quality(model, args, log))
+    """Measures the parts that are named, or all that the file lacks; each is saved at once."""
+    path, log = (os.path.join(args.dir, name) for name in ("figures.json", "quality.log"))
+    check_out(path, "--dir")
+    model, tokenizer = load_problems(args)
+    about = dict(ckpt=os.path.basename(args.ckpt), weights=args.weights, n=args.n)
+    numbers = read_numbers(path)
+    if (found := numbers.setdefault("about", about)) != about:
+        raise ValueError(f"{path} has the numbers of {found['ckpt']} with --n {found['n']}: give "
+                         "the same ones or another --dir, or delete it")
+    problems = model.extra["problems"][:args.n]
+    prompts = [encode([question], tokenizer, model.extra) for question, _ in problems]
+    ways = dict(watch=(measure_watch, model, tokenizer, prompts[0]),
+                settle=(measure_settle, model, prompts[:50]),
+                length=(measure_length, args.device),
+                quality=(measure_quality, model, args, log))
     for name in args.measure or [name for name in PARTS if name not in numbers]:
-        numbers[name] = ways[name]()
+        how, *given = ways[name]
+        numbers[name] = how(*given)
         write_numbers(path, numbers)
-    if os.path.exists(log) and "quality" in numbers and (not args.measure or "quality" in args.measure):
-        os.remove(log)  # its sums are written down
+        if name == "quality":
+            os.remove(log)  # its sums are saved
     print(f"{path}: {', '.join(name for name in PARTS if name in numbers)}")
     return 0
 
-# ---------------------------------------------------------------------------------------------------------------------
-# drawing. Colours: Okabe and Ito's, which the colour-blind can tell apart; so can a grey print, by marker and line
+# drawing. Okabe and Ito's colours, which colour-blind readers can tell apart; a grey print differs
+# by marker and line
+BLUE, SKY, ORANGE, RED, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73"
+GREY, BLACK = "#999999", "#000000"
+COLOURS = {"*": RED, "#": BLUE, "o": "#A6D3F2", ".": "#EFEFEF", "_": "#FBE3A8"}
+STYLE = {"figure.dpi": 150, "font.size": 10, "axes.titlesize": 10, "figure.titlesize": 9,
+         "legend.fontsize": 9, "legend.frameon": False, "lines.linewidth": 1.3, "axes.grid": True,
+         "lines.markersize": 4.5, "axes.spines.top": False, "axes.spines.right": False,
+         "grid.alpha": 0.3}
 
-BLUE, SKY, ORANGE, RED, GREEN, GREY, BLACK = "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#999999", "#000000"
-
-
-def draw_map(plt, numbers):
-    colours = {"*": RED, "#": BLUE, "o": "#A6D3F2", ".": "#EFEFEF", "_": "#FBE3A8"}
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
-    part = numbers["map"]
+def draw_map(plt, watch):
     fig, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True)
-    for ax, run in zip(axes, part["runs"]):
-        cells = [["*#o._".index(mark) for mark in row] for row in run["rows"]]
-        steps, T = len(cells), len(cells[0])
-        ax.imshow(cells, cmap=ListedColormap([colours[mark] for mark in "*#o._"]), vmin=0, vmax=4, aspect="auto", interpolation="nearest", extent=(0, T, steps + 0.5, 0.5))
-        ax.axvline(part["prompt_len"], color=BLACK, lw=1)
-        ax.set_xlabel("position (prompt | answer)")
-        ax.set_title(f"{run['name']}: {run['run']:,} positions run,\n{run['full'] / run['run']:.2f} times fewer than the {run['full']:,} without a cache", fontsize=9.5)
+    palette, marks = plt.matplotlib.colors.ListedColormap([*COLOURS.values()]), [*COLOURS]
+    for ax, run in zip(axes, watch["runs"][1:]):
+        ran, full = run["run"], run["full"]
+        cells = [[*map(marks.index, row)] for row in run["rows"]]
+        ax.imshow(cells, cmap=palette, vmin=0, vmax=4, aspect="auto", interpolation="nearest",
+                  extent=(0, len(cells[0]), len(cells) + 0.5, 0.5))
+        ax.axvline(watch["prompt_len"], color=BLACK, lw=1)
+        ax.grid(False)
+        ax.set(xlabel="position (prompt | answer)", title=f"{run['name']}: {ran:,} positions run,\n"
+               f"{full / ran:.2f} times fewer than the {full:,} without a cache")
     axes[0].set_ylabel("step")
-    fig.legend(handles=[Patch(facecolor=colours[mark], edgecolor=GREY, lw=0.5, label=MARKS[mark][0]) for mark in "*#o._"], loc="lower center", ncol=5, frameon=False)
+    for mark, colour in COLOURS.items():
+        axes[0].fill([], [], facecolor=colour, edgecolor=GREY, lw=0.5, label=MARKS[mark][0])
+    fig.legend(loc="lower center", ncol=5)
     fig.tight_layout(rect=(0, 0.06, 1, 1))
     return fig
 
-
-def draw_settle(plt, numbers):
-    part = numbers["settle"]
+def draw_settle(plt, part):
     fig, axes = plt.subplots(2, 2, figsize=(9, 6.2), sharey=True, sharex="col")
+    similar, colours = part["similar"]["mean"], [BLUE, ORANGE, GREEN, RED, SKY, GREY]
     for kind, (left, right) in enumerate(axes):
-        n_layer = len(part["similar"]["mean"][kind])
-        for layer in range(n_layer):
-            look = dict(color=[BLUE, ORANGE, GREEN, RED, SKY, GREY][layer % 6], marker="osD^v*"[layer % 6], ms=3.5, lw=1.3)
-            name = f"layer {layer + 1} of {n_layer}"
-            left.plot(part["similar"]["x"], part["similar"]["mean"][kind][layer], label=name, **look)
-            right.plot(part["delay"]["x"], part["delay"]["mean"][kind][layer], label=name, **look)
-            right.plot(part["no delay"]["x"], part["no delay"]["mean"][kind][layer], **look | dict(ls=":", mfc="white"))
-        for ax in (left, right):
-            ax.grid(alpha=0.3)
+        for layer in range(n_layer := len(similar[kind])):
+            look = dict(color=colours[layer % 6], marker="osD^v*"[layer % 6], ms=3.5,
+                        label=f"layer {layer + 1} of {n_layer}")
+            for ax, name, more in ((left, "similar", {}), (right, "delay", {}),
+                                   (right, "no delay", dict(ls=":", mfc="white"))):
+                ax.plot(part[name]["x"], part[name]["mean"][kind][layer], **look | more)
         left.axvline(0, color=GREY, lw=1, ls="--")
         left.set_ylabel(f"{('keys', 'values')[kind]}: cosine similarity")
-    axes[0][0].set_title("No cache: each step's against the step before", fontsize=10)
-    axes[0][1].set_title("Decode, never refreshed: cached against fresh", fontsize=10)
-    axes[1][0].set_xlabel("steps since the step that decodes the token")
-    axes[1][1].set_xlabel("age in the cache (steps)")
-    axes[0][0].annotate("first step with the\ntoken as input", (1, part["similar"]["mean"][0][0][BEFORE + 1]), (4, 0.5), arrowprops=dict(arrowstyle="->", color=GREY), fontsize=9, va="center")
-    axes[0][0].text(-0.3, 0.6, "decoded", rotation=90, ha="right", fontsize=9, color="#555555")
-    axes[0][0].legend(fontsize=9, loc="lower left", frameon=False)
-    fig.suptitle(f"means over the tokens of {part['prompts']} answers, end-of-text padding left out", fontsize=9, color="#555555")
-    from matplotlib.lines import Line2D
-    axes[0][1].legend(handles=[Line2D([], [], color=BLACK, label="with the delay"), Line2D([], [], color=BLACK, ls=":", label="without: a mask's are kept")], fontsize=9, loc="center left", bbox_to_anchor=(0.05, 0.55), frameon=False)
-    axes[1][0].text(2.6, 0.42, "layer 1's depend on id and\nposition alone: one change", fontsize=9, color=BLUE)
+    (top, cached), (bottom, age) = axes
+    top.set_title("No cache: each step's against the step before")
+    cached.set_title("Decode, never refreshed: cached against fresh")
+    bottom.set_xlabel("steps since the step that decodes the token")
+    age.set_xlabel("age in the cache (steps)")
+    top.annotate("first step with the\ntoken as input", (1, similar[0][0][BEFORE + 1]), (4, 0.5),
+                 fontsize=9, va="center", arrowprops=dict(arrowstyle="->", color=GREY))
+    top.legend(loc="lower left")
+    lines = [plt.Line2D([], [], color=BLACK, ls=ls) for ls in "-:"]
+    cached.legend(lines, ["with the delay", "without: a mask's are kept"], loc="center left",
+                  bbox_to_anchor=(0.05, 0.55))
+    fig.suptitle(f"means over the tokens of {part['prompts']} answers, without end-of-text padding")
     fig.tight_layout()
     return fig
 
+SERIES = (("no cache", dict(cache="none"), BLACK, "s", "-"),
+          ("Decode", dict(cache="decode", delay=True, steps=1), BLUE, "o", "-"),
+          ("Decode, no delay", dict(cache="decode", delay=False), BLUE, "o", ":"),
+          ("Decode, refresh 8", dict(cache="decode", delay=True, refresh=8), GREEN, "D", "-"),
+          *((f"Greedy, window {w}{name}", dict(cache="greedy", delay=delay, window=w), *look, line)
+            for delay, name, line in ((True, "", "-"), (False, ", no delay", ":"))
+            for w, *look in ((4, BLUE, "o"), (0, ORANGE, "^"))))
 
-def steps_of(how, G):
-    return round(G * how.get("steps", 1))
+def series(rows, order, G):
+    """-> [(label, rows, colour, marker, line)] of the runs in this order."""
+    for name, how, *look in SERIES:
+        how, given = dict(remasking=order, **how), dict(delay=True, steps=1)
+        if mine := [row for row in rows if how.items() <= (given | row["how"]).items()]:
+            mine.sort(key=lambda row: row["fewer"])
+            steps = ", ".join(str(round(G * row["how"].get("steps", 1))) for row in mine)
+            refresh = ", ".join(str(row["how"].get("refresh")) for row in mine)
+            refresh = f"{name}, refresh {refresh}".replace(str(NEVER), "never")
+            yield f"{name}, {steps} steps" if "steps" in mine[-1]["how"] else refresh, mine, *look
 
-
-def draw_quality(plt, numbers):
-    quality, speed = numbers["quality"], numbers["speed"]
-    G, rate = quality["gen_length"], {json.dumps(row["how"]): row["tokens_per_s"] for row in speed["rows"]}
-    known = [row["how"]["remasking"] for row in quality["rows"] if row["how"]["cache"] == "none"][-1]
-    fig = plt.figure(figsize=(9, 8.4), layout="constrained")
-    fig.suptitle(f"{quality['n']} problems a point, bars: one standard error. Speed: {speed['device']}, threads: {speed['threads']}, {speed['dtype']}, batch 1", fontsize=9, color="#555555")
-    for part, order in zip(fig.subfigures(2, 1), ("low_confidence", known)):
-        mine = [row for row in quality["rows"] if row["how"]["remasking"] == order]
-        series = [("no cache", [row for row in mine if row["how"]["cache"] == "none"], BLACK, "s", "-")]
-        if order == "low_confidence":
-            series += [("Decode", [row for row in mine if row["how"].get("delay") is True], BLUE, "o", "-"), ("Decode, no delay", [row for row in mine if row["how"].get("delay") is False], BLUE, "o", ":")]
-            series += [("Decode, refresh 8", [row for row in mine if row["how"].get("refresh") == 8 and row["how"].get("delay", True)], GREEN, "D", "-")]
-            series[-1][1].sort(key=lambda row: row["fewer"])
-        else:
-            series += [(f"Greedy, window {w}{'' if delay else ', no delay'}", [row for row in mine if (row["how"].get("window"), row["how"].get("delay")) == (w, delay)], c, m, "-" if delay else ":")
-                       for delay in (True, False) for w, c, m in ((4, BLUE, "o"), (0, ORANGE, "^"))]
-        axes = part.subplots(1, 2, sharey=True)
-        for name, rows, colour, marker, line in series:
-            if "steps" in rows[-1]["how"]:
-                name += ", " + ", ".join(str(steps_of(row["how"], G)) for row in rows) + " steps"
-            else:
-                name += ", refresh " + ", ".join("never" if row["how"]["refresh"] == NEVER else str(row["how"]["refresh"]) for row in rows)
+def draw_quality(plt, quality):
+    G, known = quality["gen_length"], quality["rows"][-1]["how"]["remasking"]
+    fig, axes = plt.subplots(1, 2, figsize=(9, 5.2), sharey=True)
+    for ax, order in zip(axes, ("low_confidence", known)):
+        for label, rows, colour, marker, line in series(quality["rows"], order, G):
             share, low, high = np.array([wilson(row["right"], row["n"], z=1) for row in rows]).T
-            for ax, x in zip(axes, ([row["fewer"] for row in rows], [rate[json.dumps(row["how"])] for row in rows])):
-                ax.errorbar(x, share, yerr=np.clip([share - low, high - share], 0, None), color=colour, marker=marker, ms=5, lw=1.2, ls=line, capsize=2, mfc="white" if line == ":" else colour, label=name)
-        for ax, what in zip(axes, (f"times fewer positions run than without a cache in {G} steps", "generated tokens/s")):
-            ax.set_xscale("log")
-            ax.set_xlabel(what)
-            ax.set_yscale("function", functions=(lambda y: -np.log10(np.maximum(101 - y, 1e-9)), lambda v: 101 - 10**-v))  # what is lost is seen best close to 100
-            ax.set_yticks([0, 50, 80, 90, 95, 98, 99, 100])
-            ax.set_ylim(-15, 100.2)
-            ax.grid(alpha=0.3)
-            plain_ticks(ax.xaxis)
-        axes[0].set_ylabel("answers right (%), stretched")
-        axes[0].set_title("Decoded " + ("by confidence" if order == "low_confidence" else order.replace("_", " ")), fontsize=10, loc="left")
-        part.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=2, fontsize=8.5, frameon=False)
+            ax.errorbar([row["fewer"] for row in rows], share, label=label, color=colour, ls=line,
+                        yerr=np.clip([share - low, high - share], 0, None), marker=marker,
+                        mfc="white" if line == ":" else colour, capsize=2)
+        ax.set_yscale("function", functions=(  # losses are seen best close to 100
+            lambda y: -np.log10(np.maximum(101 - y, 1e-9)), lambda v: 101 - 10**-v))
+        ax.set(xscale="log", yticks=[0, 50, 80, 90, 95, 98, 99, 100], ylim=(-15, 100.2),
+               xlabel=f"times fewer positions run than none in {G} steps")
+        ax.set_title("Decoded " + order.replace("low_", "by ").replace("_", " "), loc="left")
+        plain_ticks(plt, ax.xaxis)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8.5)
+    axes[0].set_ylabel("answers right (%), stretched")
+    fig.suptitle(f"{quality['n']} problems a point, bars: one standard error")
+    fig.tight_layout()
     return fig
 
-
-def plain_ticks(axis):
-    from matplotlib.ticker import LogLocator, NullFormatter
-    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+def plain_ticks(plt, axis):
+    axis.set_major_locator(plt.LogLocator(subs=(1, 2, 3, 5)))
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_formatter(plt.NullFormatter())
 
-
-def draw_length(plt, numbers):
-    part = numbers["length"]
+def draw_length(plt, length):
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4.8), layout="constrained")
-    for (run, exponent), colour, marker in zip(part["exponents"].items(), (BLACK, BLUE, ORANGE, GREEN, RED, SKY), "soD^v*"):
-        rows = [row for row in part["runs"] if row["run"] == run]
-        lengths = [row["total_length"] for row in rows]
-        left.plot(lengths, [row["predicted"] for row in rows], color=colour, ls="--", lw=1.2)
-        left.plot(lengths, [row["gain"] for row in rows], color=colour, marker=marker, ms=5, lw=1.5, label=f"{run}, seconds as length$^{{{exponent['seconds']:.1f}}}$")
-        right.plot(lengths, [row["seconds"] for row in rows], color=colour, marker=marker, ms=5, lw=1.5)
+    colours, conditions = (BLACK, BLUE, ORANGE, GREEN, RED, SKY), length["conditions"]
+    names = dict.fromkeys(row["run"] for row in length["runs"])
+    for run, colour, marker in zip(names, colours, "soD^v*"):
+        rows = [row for row in length["runs"] if row["run"] == run]
+        columns = {key: [row[key] for row in rows] for key in rows[0]}
+        x = columns["total_length"]
+        left.plot(x, columns["predicted"], color=colour, ls="--")
+        left.plot(x, columns["gain"], color=colour, marker=marker, label=run)
+        right.plot(x, columns["seconds"], color=colour, marker=marker)
     left.plot([], [], color=GREY, ls="--", label="predicted by arithmetic")
-    for ax, what in ((left, "gain: times faster than no cache"), (right, "seconds for an answer")):
-        ax.set(xscale="log", yscale="log", xlabel="total length (tokens; a quarter prompt)", ylabel=what)
-        ax.set_xticks(lengths, map(str, lengths))
-        plain_ticks(ax.yaxis)
+    for ax, label in (left, "gain: times faster than no cache"), (right, "seconds for an answer"):
+        ax.set(xscale="log", yscale="log", xlabel="total length (tokens; a quarter prompt)",
+               ylabel=label)
+        ax.set_xticks(x, map(str, x))
+        plain_ticks(plt, ax.yaxis)
         ax.xaxis.minorticks_off()
-        ax.grid(alpha=0.3)
-    fig.legend(loc="outside lower center", ncol=3, fontsize=9, frameon=False)
-    c = part["conditions"]
-    fig.suptitle(", ".join(f"{name} {c[name]}" for name in ("model", "device", "threads", "dtype", "batch") if name in c), fontsize=9, color="#555555")
+    fig.legend(loc="outside lower center", ncol=3)
+    names = ("model", "device", "threads", "dtype", "batch")
+    fig.suptitle(", ".join(f"{name} {conditions[name]}" for name in names if name in conditions))
     return fig
 
+# the moving picture. In pixels: twice the size on the page, for sharp displays
+WIDTH, MARGIN, TOP, LINE, CELL = 1720, 28, 70, 46, 36
 
-PICTURES = {"map": (draw_map, ["map"]), "settle": (draw_settle, ["settle"]), "quality": (draw_quality, ["quality", "speed"]), "length": (draw_length, ["length"])}
+def layout(texts, prompt_len, advance, width):
+    """Where each token's cell begins, [(x, y)]. A mask's is as wide as its token to come."""
+    places, x, y = [], 0, TOP
+    for i, text in enumerate(texts):
+        if i == prompt_len or x + len(text) * advance > width:
+            x, y = 0, y + LINE + (MARGIN if i == prompt_len else 0)
+        places.append((x, y))
+        x += len(text) * advance
+    return places
 
+def draw_watch(plt, watch):
+    from PIL import Image, ImageDraw, ImageFont
+    folder = os.path.join(plt.matplotlib.get_data_path(), "fonts", "ttf")
+    mono, bold, sans = (ImageFont.truetype(os.path.join(folder, f"DejaVuSans{name}.ttf"), size)
+                        for name, size in (("Mono", 24), ("-Bold", 30), ("", 26)))
+    runs, advance, frames = watch["runs"], mono.getlength("m"), []
+    panel = (WIDTH - MARGIN) // len(runs) - MARGIN
+    texts = [[text.replace("\n", "\u21b5") for text in run["texts"]] for run in runs]
+    places = [layout(words, watch["prompt_len"], advance, panel) for words in texts]
+    bottom = max(y for cells in places for _, y in cells) + LINE + MARGIN
+    for step in range(len(runs[0]["rows"])):
+        image = Image.new("RGB", (WIDTH, bottom + 150), "white")
+        draw = ImageDraw.Draw(image)
+        for p, run in enumerate(runs):
+            left = MARGIN + p * (panel + MARGIN)
+            draw.text((left, 14), run["name"], BLACK, bold)
+            for text, (x, y), mark in zip(texts[p], places[p], run["rows"][step]):
+                x += left
+                draw.rectangle((x + 1, y, x + len(text) * advance - 2, y + CELL), COLOURS[mark])
+                if mark not in "o_":
+                    draw.text((x, y + 3), text, "white" if mark in "*#" else BLACK, mono)
+            ran = sum(mark in "*#o" for row in run["rows"][:step + 1] for mark in row)
+            for share, colour in ((1, COLOURS["."]), (ran / run["full"], BLUE)):
+                draw.rectangle((left, bottom, left + share * (panel - 1), bottom + 20), colour)
+            draw.text((left, bottom + 30), f"positions run {ran:,} of {run['full']:,}", BLACK, sans)
+        x, y = MARGIN, bottom + 100
+        for mark, colour in COLOURS.items():
+            draw.rectangle((x, y, x + 30, y + 30), colour, GREY)
+            draw.text((x + 42, y), MARKS[mark][0], BLACK, sans)
+            x += 100 + sans.getlength(MARKS[mark][0])
+        frames.append(image)
+    return frames
+
+PICTURES = {"map.png": (draw_map, "watch"), "settle.png": (draw_settle, "settle"),
+            "quality.png": (draw_quality, "quality"),
+            "length.png": (draw_length, "length"), "watch.gif": (draw_watch, "watch")}
 
 def draw(args):
     path = os.path.join(args.dir, "figures.json")
     numbers = read_numbers(path)
     if "about" not in numbers:
-        raise ValueError(f"there are no numbers in {path}: python scripts/figures.py --measure writes them")
+        raise ValueError(f"there are no numbers in {path}: figures.py --measure writes them")
     try:
-        import matplotlib
+        import matplotlib.pyplot as plt
+        from PIL import Image  # comes with matplotlib
     except ImportError:
-        raise ValueError("drawing needs matplotlib: python -m pip install -r requirements-figures.txt") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from PIL import Image  # matplotlib brings it along
-    plt.rcParams.update({"figure.dpi": 150, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    for name, (how, parts) in PICTURES.items():
-        lacking = [part for part in parts if part not in numbers]
-        path = os.path.join(args.dir, f"{name}.png")
+        raise ValueError("drawing needs matplotlib: install requirements-figures.txt") from None
+    plt.switch_backend("Agg")
+    plt.rcParams.update(STYLE)
+    for name, (how, *parts) in PICTURES.items():
+        path, lacking = os.path.join(args.dir, name), [p for p in parts if p not in numbers]
         if lacking:
-            print(f"{path}: not drawn, since {' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not measured yet")
+            print(f"{path}: not drawn, because it needs --measure {' '.join(lacking)}")
             continue
-        fig = how(plt, numbers)
-        fig.canvas.draw()
-        picture = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB").quantize(128)  # few colours, a third of the bytes
-        try:
-            picture.save(f"{path}.tmp", format="png", optimize=True)
-            os.replace(f"{path}.tmp", path)
-        except OSError as e:
-            raise ValueError(f"cannot write {path}: {e.strerror}") from None
-        plt.close(fig)
+        fig = how(plt, *(numbers[part] for part in parts))
+        if name.endswith(".gif"):
+            # one palette for all, so that a frame is stored as what has changed
+            palette = fig[len(fig) // 3].quantize(32, Image.Quantize.MAXCOVERAGE, kmeans=3)
+            image, *rest = (image.quantize(palette=palette, dither=0) for image in fig)
+            more = dict(format="gif", save_all=True, append_images=rest, loop=0,
+                        duration=[1000] + [125] * (len(rest) - 1) + [4000])
+        else:
+            fig.canvas.draw()
+            image = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB")
+            image, more = image.quantize(128), dict(format="png", optimize=True)  # a third as large
+            plt.close(fig)
+        with atomic_write(path) as f:
+            image.save(f, **more)
         print(path)
     return 0
 
-
 def main(argv=None):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--measure", nargs="*", metavar="PART", help="map, settle, speed, length, quality; without a name all that are lacking")
-    p.add_argument("--dir", default=os.path.join(HERE, "assets"), help="where figures.json and the pictures are (assets)")
-    p.add_argument("--ckpt", default="tiny")
-    p.add_argument("--n", type=int, default=500, metavar="PROBLEMS", help="of quality; settle takes 50 at most (500)")
-    p.add_argument("--lengths", type=int, nargs="+", default=[], metavar="TOKENS", help="of length (bench.py's)")
-    p.add_argument("--batch-size", type=int, default=50, help="of quality")
-    p.add_argument("--workers", type=int, default=None, help="processes of quality (one per core)")
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    p = parser(__doc__, 500)
+    p.add_argument("--measure", nargs="*", choices=PARTS, help="(all that are lacking)")
+    p.add_argument("--dir", default=os.path.join(ROOT, "assets"), help="of figures.json (assets)")
     args = p.parse_args(argv)
-    for name in ("n", "batch_size", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, and has to be at least 1")
-    unknown = [name for name in args.measure or [] if name not in PARTS]
-    if unknown:
-        raise ValueError(f"--measure knows no part {unknown[0]}: it has to be one of {', '.join(PARTS)}")
+    check_bounds(args, n=1, batch_size=1, workers=1)
     return draw(args) if args.measure is None else measure(args)
-
 
 if __name__ == "__main__":
     launch(main)
