@@ -1,203 +1,152 @@
-"""scripts/figures.py: what it measures, against other ways to the same numbers; going on; drawing, where matplotlib is.
-
-python -m pytest tests/test_figures.py"""
-import contextlib
-import importlib.util
-import io
+"""scripts/figures.py: what it measures, against other ways to the same numbers; drawing."""
 import json
+import os
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, random_model
+from conftest import ROOT
+from test_scripts import cost, refused, run, toy
 
-import scripts.figures as figures
-from dkv_min import cache_cost, generate
-from model import load, save
+from dkv_min import generate
+from model import load
 from sample import main as sample
-from train_tiny import build_tokenizer
+from scripts import figures
+from support.evaluate import encode
 
-HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+def numbers_in(folder):
+    return json.loads((folder / "figures.json").read_text())
 
-
-def toy(path, n_layer=2, G=16):
-    """Random weights, a tokenizer of bytes, three problems, of which the model answers the second as it says there."""
-    model, tokenizer = random_model(dtype=torch.float32, n_layer=n_layer, vocab_size=260, n_vocab=258, mask_id=257, eos_id=256, eot_id=None), build_tokenizer("some text ", 258)
-    text = tokenizer.decode(generate(model, [tokenizer.encode("and now\n")], gen_length=G, block_length=G // 2).tokens[0][-G:]).strip()
-    model.extra = dict(problems=[("how many", "none"), ("and now", text), ("who", "nobody")], gen_length=G, block_length=G // 2, template="{}\n", known_order="left_to_right")
-    save(path, model, tokenizer)
-    return model, [tokenizer.encode(q + "\n") for q, _ in model.extra["problems"]]
-
-
-def run(*flags):
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert figures.main([*map(str, flags)]) == 0
-    return out.getvalue()
-
-
-def test_the_map_is_that_of_watch():
+def test_the_marks_are_those_of_watch():
     model, tokenizer = load(ROOT / "checkpoints" / "tiny.pt", dtype=torch.float32)
-    found = figures.measure_map(model, [tokenizer.encode(model.extra["template"].replace("{}", model.extra["problems"][0][0]))])
-    for cache, how in zip(("decode", "greedy"), found["runs"]):
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            sample(["--watch", "--cache", cache, "--refresh", "8"])
-        maps = [line.split("  from cache ")[-1].split("from cache  ")[1].split("  ")[0] for line in out.getvalue().splitlines() if line.startswith("step")]
-        assert [row[:found["prompt_len"]] + "|" + row[found["prompt_len"]:] for row in how["rows"]] == maps
-        assert how["run"] == sum(mark in "*#o" for row in how["rows"] for mark in row)
-    assert "_" in "".join(found["runs"][1]["rows"]) and "_" not in "".join(found["runs"][0]["rows"])
-
+    question, answer = model.extra["problems"][0]
+    part = figures.measure_watch(model, tokenizer, encode([question], tokenizer, model.extra))
+    P = part["prompt_len"]
+    for found, flags in zip(part["runs"], (["none"], ["decode"], ["greedy", "--refresh", "8"])):
+        maps = [line.split("from cache  ")[1].split("  ")[0] for line in
+                run(sample, "--watch", "--cache", *flags).splitlines() if line.startswith("step")]
+        assert [row[:P] + "|" + row[P:] for row in found["rows"]] == maps
+        assert found["run"] == sum(mark in "*#o" for row in found["rows"] for mark in row)
+        assert "".join(found["texts"]).strip("~") == f"{question}\n{answer}"
+    none, decode, greedy = ("".join(found["rows"]) for found in part["runs"])
+    assert "_" in greedy and "." in decode and not {"_"} & {*decode, *none} and "." not in none
 
 def test_settling_by_hooks_on_the_projections(tmp_path):
-    """Keys before the rotation, which changes no cosine within a position, caught in the layers themselves."""
-    model, (ids, *_) = toy(tmp_path / "a.pt")
+    model, (ids, *_) = toy(tmp_path / "a.pt", n_layer=2)
     values, offsets, counts = figures.settling(model, ids)
-    caught, tokens = {}, []
-    generate(model, [ids], on_step=lambda i, x, run, decoded: tokens.append((x[0], decoded[0])), **figures.settings(model, cache="none"))
+    tokens, _, decoded, *_ = figures.trace(model, ids, cache="none")
+    final = generate(model, [ids], **figures.settings(model)).tokens[0]
+    assert (tokens[0] == 257).nonzero().flatten().tolist() == [*range(len(ids), len(final))]
+    assert (tokens[-1].where(~decoded[-1], torch.tensor(final))).tolist() == final
     for i, block in enumerate(model.blocks):
         for kind, name in enumerate("kv"):
-            getattr(block.attn, name).register_forward_hook(lambda m, a, out, key=(kind, i): caught.setdefault(key, []).append(out[0]))
-    for x in [figures.start(model, ids)[0], *(x for x, _ in tokens[:-1])]:
-        model(x[None])
-    assert len(caught) == 4 and all(len(seen) == len(tokens) for seen in caught.values())
-    for (kind, layer), seen in caught.items():
-        for s in range(1, len(seen)):
-            expected = F.cosine_similarity(seen[s], seen[s - 1], dim=-1)
-            assert (values[kind, layer, s - 1] - expected).abs().max() < 1e-5, f"layer {layer}, step {s}"
-    for step, (_, decoded) in enumerate(tokens):
-        column = decoded.nonzero().item()
-        assert offsets[:, column].tolist() == [s - step for s in range(1, len(tokens))]
-    end = (tokens[-1][0] == 256).nonzero().flatten().tolist() or [len(tokens[-1][0])]
-    assert counts.nonzero().flatten().tolist() == [c for c in range(len(ids), len(counts)) if c <= end[0]]
-
+            seen = []
+            with getattr(block.attn, name).register_forward_hook(lambda m, a, y: seen.append(y[0])):
+                for x in tokens:
+                    model(x[None])
+            seen = torch.stack(seen)                                       # (steps, T, width)
+            expected = F.cosine_similarity(seen[1:], seen[:-1], dim=-1)
+            assert (values[kind, i] - expected).abs().max() < 1e-5, f"layer {i}, {name}"
+    for step, new in enumerate(decoded):
+        after = range(1 - step, len(decoded) - step)
+        assert offsets[:, new.nonzero().item()].tolist() == [*after]
+    end = final.index(256) if 256 in final else len(final)
+    assert counts.tolist() == [len(ids) <= c <= end for c in range(len(final))]
 
 def test_one_layer_changes_once_and_its_cache_never_ages(tmp_path):
-    """The paper's idea where it is exact: K and V depend on id and position alone, so with the delay a cached one is what a
-    fresh one is, and without it a mask's."""
-    model, prompts = toy(tmp_path / "a.pt", n_layer=1)
-    found = figures.measure_settle(model, prompts)
+    """K and V depend on id and position alone: with the delay cached ones equal fresh ones."""
+    found = figures.measure_settle(*toy(tmp_path / "a.pt", n_layer=1))
+    exactly_one = pytest.approx(1, abs=1e-4)
     for kind in range(2):
         for offset, mean in zip(found["similar"]["x"], found["similar"]["mean"][kind][0]):
-            assert mean is None or (mean < 0.9 if offset == 1 else mean == pytest.approx(1, abs=1e-4)), offset
-        kept, lost = ([mean for mean in found[name]["mean"][kind][0] if mean is not None] for name in ("delay", "no delay"))
-        assert len(kept) >= 6 and min(kept) == pytest.approx(1, abs=1e-4) and len(lost) >= 6 and max(lost) < 0.9
+            assert mean is None or (mean < 0.9 if offset == 1 else mean == exactly_one), offset
+        kept, lost = ([mean for mean in found[name]["mean"][kind][0] if mean is not None]
+                      for name in ("delay", "no delay"))
+        assert min(len(kept), len(lost)) >= 6
+        assert min(kept) == exactly_one and max(lost) < 0.9
     assert found["similar"]["count"][figures.BEFORE] > found["similar"]["count"][0] > 0
-    deeper = figures.measure_settle(*toy(tmp_path / "b.pt", n_layer=2))
-    assert deeper["delay"]["mean"][1][0][1] == pytest.approx(1, abs=1e-4) and deeper["delay"]["mean"][1][1][1] < 0.9999  # the second layer's do age
-
+    first, second = figures.measure_settle(*toy(tmp_path / "b.pt", n_layer=2))["delay"]["mean"][1]
+    assert first[1] == exactly_one and second[1] < 0.9999  # the second layer's age
 
 @pytest.mark.slow
-def test_measuring_and_going_on(tmp_path, monkeypatch):
+def test_measuring(tmp_path, monkeypatch):
+    """Of "length" bench.py itself, on a model that takes no time."""
     model, prompts = toy(tmp_path / "a.pt")
-    ask = ("--ckpt", tmp_path / "a.pt", "--dir", tmp_path, "--n", 2, "--batch-size", 1, "--workers", 1)
-
-    def killed(*args):
-        collect(*args)
-        raise KeyboardInterrupt
-
-    collect = figures.collect
-    monkeypatch.setattr(figures, "collect", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run("--measure", "map", "speed", "quality", *ask)
-    monkeypatch.undo()
-    before = json.loads((tmp_path / "figures.json").read_text())
-    assert set(before) == {"about", "map", "speed"}
-    head, *parts = map(json.loads, (tmp_path / "quality.log").read_text().splitlines())
-    assert len(parts) == 2 * len(figures.quality_runs(model))
+    ask = ("--ckpt", tmp_path / "a.pt", "--dir", tmp_path, "--n", 2, "--batch-size", 1,
+           "--workers", 1, "--measure")
+    runs, log = figures.quality_runs(model), tmp_path / "kept"
+    monkeypatch.setattr(figures.os, "remove", lambda path: os.rename(path, log))
+    monkeypatch.setitem(figures.bench.PRESETS, "42m", figures.bench.PRESETS["tiny"])
+    monkeypatch.setattr(figures.bench, "LENGTHS", [16, 32])
+    run(figures.main, *ask, "watch", "length")
+    before = numbers_in(tmp_path)
+    assert "watch, length, quality" in run(figures.main, *ask, "quality")
+    after, (_, *parts) = numbers_in(tmp_path), map(json.loads, log.read_text().splitlines())
+    assert {name: after[name] for name in before} == before and len(parts) == 2 * len(runs)
     assert sorted(part["right"] for part in parts if part["run"] == 0) == [[False], [True]]
-    parts[0]["right"] = [not parts[0]["right"][0]]  # what is logged is not answered again
-    (tmp_path / "quality.log").write_text("\n".join([*map(json.dumps, [head, *parts[:-3]]), json.dumps(parts[-3])[:30]]))
-    assert "map, speed, quality" in run("--measure", "quality", *ask) and not (tmp_path / "quality.log").exists()
-    after = json.loads((tmp_path / "figures.json").read_text())
-    assert {name: after[name] for name in before} == before
-
-    quality, speed = after["quality"]["rows"], after["speed"]["rows"]
-    assert [row["how"] for row in quality] == [row["how"] for row in speed] == figures.quality_runs(model) and all(row["tokens_per_s"] > 0 for row in speed)
+    quality = after["quality"]["rows"]
+    assert [row["how"] for row in quality] == runs
+    full = cost(prompts[:2], dict(cache="none"))
     for i, row in enumerate(quality):
-        how = row["how"]
-        cost = [cache_cost(len(ids), 16, round(16 * how.get("steps", 1)), 8, how["cache"], how.get("refresh"), how.get("window", 4), how.get("delay", True)) for ids in prompts[:2]]
-        assert row["positions"] == sum(cost) / 2 and row["fewer"] == pytest.approx(sum(cache_cost(len(ids), 16, block_length=8) for ids in prompts[:2]) / sum(cost), abs=1e-3)
-        assert (row["right"], row["n"]) == (sum(sum(part["right"]) for part in parts if part["run"] == i), 2)
-    with pytest.raises(ValueError, match="--n 2"):
-        run("--measure", "map", *ask, "--n", 1)
+        ran = cost(prompts[:2], row["how"])
+        assert row["fewer"] == pytest.approx(full / ran, abs=1e-3)
+        right = sum(sum(part["right"]) for part in parts if part["run"] == i)
+        assert (row["positions"], row["right"], row["n"]) == (ran / 2, right, 2)
+    length = after["length"]["runs"]
+    assert all(row["gain"] > 0 and row["seconds"] > 0 for row in length)
+    named = {(row["run"], row["total_length"]) for row in length if row["predicted"] >= 1}
+    assert named == {(name, n) for n in (16, 32)
+                     for name in ("none", "decode 8", "greedy 8", "greedy never")}
+    refused(figures.main, [*ask, "watch", "--n", 1], "--n 2")
 
-
-@pytest.mark.slow
-def test_length(tmp_path, monkeypatch):
-    """With bench.py itself, but in this process and on a model that takes no time."""
-    import scripts.bench
-
-    def here(command, **how):
-        scripts.bench.main([*command[2:], "--preset", "tiny", "--repeats", "1"])
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(figures, "subprocess", SimpleNamespace(run=here, DEVNULL=None))
-    toy(tmp_path / "a.pt")
-    run("--measure", "length", "--lengths", 16, 32, "--ckpt", tmp_path / "a.pt", "--dir", tmp_path)
-    found = json.loads((tmp_path / "figures.json").read_text())["length"]
-    assert {row["total_length"] for row in found["runs"]} == {16, 32} and set(found["exponents"]) == {row["run"] for row in found["runs"]}
-    assert all(row["gain"] > 0 and row["seconds"] > 0 and row["predicted"] >= 1 for row in found["runs"])
-
-
-def numbers_to_draw():
-    """Numbers of every part, made up."""
-    model = random_model()
-    model.extra = dict(gen_length=16, block_length=8, known_order="left_to_right")
-    runs, layers = figures.quality_runs(model), lambda n: [[[0.5 + 0.01 * i for i in range(n)]] * 3] * 2
-    lengths = [dict(run=name, total_length=T, seconds=T / gain, predicted=gain + 1, gain=gain) for T in (128, 512) for name, gain in (("none", 1), ("decode 8", 2), ("greedy 8", 5), ("greedy never", T / 20))]
-    return dict(about=dict(n=10), map=dict(prompt_len=2, block_length=3, runs=[dict(name=name, rows=["##*oo", "..#*_", "...#*"], run=10, full=15) for name in ("Decode", "Greedy")]),
-                settle=dict(prompts=3, similar=dict(x=list(range(-8, 17)), mean=layers(25)), **{name: dict(x=list(range(7)), mean=layers(7)) for name in ("delay", "no delay")}),
-                quality=dict(n=10, gen_length=16, rows=[dict(how=how, right=i % 11, n=10, positions=9.0, fewer=1 + i / 9) for i, how in enumerate(runs)]),
-                speed=dict(device="cpu", threads=1, dtype="float32", rows=[dict(how=how, tokens_per_s=100 + i) for i, how in enumerate(runs)]),
-                length=dict(conditions=dict(model="42m"), runs=lengths, exponents={name: dict(seconds=2.0) for name in ("none", "decode 8", "greedy 8", "greedy never")}))
-
-
-@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="no matplotlib: python -m pip install -r requirements-figures.txt")
 def test_drawing(tmp_path, monkeypatch):
-    import matplotlib.pyplot as plt
+    """The numbers of the READMEs' pictures, with the first three steps of the moving one."""
+    plt = pytest.importorskip("matplotlib.pyplot", reason="no matplotlib: requirements-figures.txt")
     from PIL import Image
-    drawn, close = [], plt.close
-    monkeypatch.setattr(plt, "close", drawn.append)
-    numbers = numbers_to_draw()
+    figs, close, numbers = [], plt.close, numbers_in(ROOT / "assets")
+    monkeypatch.setattr(plt, "close", figs.append)
+    for part in numbers["watch"]["runs"]:
+        part["rows"] = part["rows"][:3]
     figures.write_numbers(tmp_path / "figures.json", numbers)
-    assert run("--dir", tmp_path).split() == [str(tmp_path / f"{name}.png") for name in figures.PICTURES]
-    for fig, name in zip(drawn, figures.PICTURES):
-        path = tmp_path / f"{name}.png"
+    paths = [tmp_path / name for name in figures.PICTURES]
+    assert run(figures.main, "--dir", tmp_path).split() == [*map(str, paths)]
+    for fig, path in zip(figs, paths):
         assert path.stat().st_size < 200_000 and Image.open(path).width == 1350
-        assert all(ax.get_xlabel() or ax.get_shared_x_axes().get_siblings(ax)[1:] for ax in fig.axes)
+        for ax in fig.axes:
+            assert ax.get_xlabel() or ax.get_shared_x_axes().get_siblings(ax)[1:]
         close(fig)
-    lines = {line.get_label(): line for ax in drawn[3].axes[:1] for line in ax.lines}
-    assert list(lines["greedy never, seconds as length$^{2.0}$"].get_ydata()) == [128 / 20, 512 / 20]
-    assert drawn[0].axes[0].images[0].get_array().tolist()[1] == [3, 3, 1, 0, 4]  # ..#*_
-    points = {tuple(p) for ax in drawn[2].axes[::2] for line in ax.lines if len(line.get_xdata()) > 1 for p in line.get_xydata().round(3).tolist()}
-    assert {(round(row["fewer"], 3), 100 * row["right"] / row["n"]) for row in numbers["quality"]["rows"]} <= points  # every run is drawn
-    del numbers["speed"], numbers["length"]
+    (steps, _, quality, length), watch = figs, numbers["watch"]
+    drawn, marks = steps.axes[0].images[0].get_array().tolist(), [*figures.COLOURS]
+    assert ["".join(marks[i] for i in row) for row in drawn] == watch["runs"][1]["rows"]
+    points = {tuple(p) for ax in quality.axes for line in ax.lines
+              if len(line.get_xdata()) > 1 for p in line.get_xydata().round(3).tolist()}
+    assert points >= {(round(row["fewer"], 3), round(100 * row["right"] / row["n"], 3))
+                      for row in numbers["quality"]["rows"]}  # every run is drawn
+    y = next(line.get_ydata() for line in length.axes[0].lines
+             if line.get_label() == "greedy never")
+    assert list(y) == [r["gain"] for r in numbers["length"]["runs"] if r["run"] == "greedy never"]
+    moving, texts = Image.open(tmp_path / "watch.gif"), watch["runs"][0]["texts"]
+    assert moving.n_frames == 3 and moving.info["loop"] == 0
+    cells, colours = [], {tuple(bytes.fromhex(c[1:])): mark for mark, c in figures.COLOURS.items()}
+    places = figures.layout([text.replace("\n", "x") for text in texts], watch["prompt_len"],
+                            14.449, 536)
+    for step in range(3):  # the top left corner of every cell of the first panel
+        moving.seek(step)
+        image = moving.convert("RGB")
+        cells.append("".join(colours[image.getpixel((int(figures.MARGIN + x + 3), y + 1))]
+                             for x, y in places))
+    assert cells == watch["runs"][0]["rows"]
+    ours = ROOT / "assets" / "watch.gif"
+    assert ours.stat().st_size < 1_000_000 and Image.open(ours).n_frames == 64
+    del numbers["length"]
     figures.write_numbers(tmp_path / "figures.json", numbers)
-    assert "speed is not measured yet" in run("--dir", tmp_path)
-
-
-def test_without_matplotlib(tmp_path, monkeypatch):
-    figures.write_numbers(tmp_path / "figures.json", numbers_to_draw())
+    assert "needs --measure length" in run(figures.main, "--dir", tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match="requirements-figures.txt"):
-        run("--dir", tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json"]
-
-
-@pytest.mark.parametrize("flags, words", [(["--n", 0], "--n"), (["--measure", "moods"], "moods"), (["--measure", "--ckpt", "no.pt"], "no.pt"), (["--dir", "/nowhere"], "--measure"), (["--measure", "map", "--dir", "/nowhere"], "/nowhere"),
-                                          (["--what"], "--what"), (["--measure", "--workers", 0], "--workers"), (["--device", "x"], "device")])
-def test_user_errors(flags, words):
-    with pytest.raises(ValueError) as e:
-        figures.main([*map(str, flags)])
-    assert words in str(e.value) and "\n" not in str(e.value)
-
+    refused(figures.main, ["--dir", tmp_path], "requirements-figures.txt")
 
 @pytest.mark.parametrize("content", ["not json", "[1, 2]", "{}"])
 def test_a_file_that_is_not_ours(tmp_path, content):
     (tmp_path / "figures.json").write_text(content)
-    with pytest.raises(ValueError, match="figures.json"):
-        run("--dir", tmp_path)
+    refused(figures.main, ["--dir", tmp_path], "figures.json")
     assert (tmp_path / "figures.json").read_text() == content

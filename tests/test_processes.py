@@ -1,7 +1,5 @@
-"""Several processes: what torchrun starts. Most of it with processes that tests/forks.py forks, which saves seconds, and
-the two ways that a user goes with torchrun itself.
-
-python -m pytest tests/test_processes.py"""
+"""Several processes, as torchrun starts them: most are forked by conftest.py, which saves seconds,
+and one test uses torchrun itself."""
 import json
 import os
 import re
@@ -9,77 +7,65 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, random_model
-from conftest import forked as several
+from conftest import ROOT, forked
 
-from model import load, load_file, save
-from train_tiny import build_tokenizer
+from model import load
+from support.checkpoint import read
 
-TINY = "--n-layer 1 --n-head 2 --n-embd 32 --batch-size 15 --device cpu --eval 0 --amp off --steps 24 --val-every 8".split()
-
+TINY = ("--n-layer 1 --n-head 2 --n-embd 32 --batch-size 15 --device cpu --eval 0 --amp off "
+        "--steps 24 --val-every 8").split()
 
 def losses(out):
     return [float(x) for x in re.findall(r"validation ([\d.]+) nats per token\n", out)]
 
-
 def sentences(err):
-    """What was said on stderr, without bars."""
-    return [line for text in err for line in re.split(r"[\n\r]", text) if re.match(r"(train_tiny|sample)\.py: |stopped", line)]
-
-
-def torchrun(script, *flags, until):
-    """Starts two processes of a script with torchrun, kills the second one with -9 when until() says so. -> stdout, stderr"""
-    p = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / script), *map(str, flags)],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 200
-    while not until() and p.poll() is None and time.time() < deadline:
-        time.sleep(0.005)
-    for pid in subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True, text=True).stdout.split():
-        with open(f"/proc/{pid}/environ") as f:
-            if "\0RANK=1\0" in f.read():
-                os.kill(int(pid), signal.SIGKILL)
-    out, err = p.communicate(timeout=200)
-    assert p.returncode == 1, out + err
-    return out, err
-
+    """What the processes said on stderr, without bars."""
+    return [line for line in re.split(r"[\n\r]", "\n".join(err))
+            if re.match(r"(train_tiny|sample)\.py: |stopped", line)]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An unbroken run of two processes: its file, and its losses."""
     path = tmp_path_factory.mktemp("whole") / "a.pt"
-    codes, out, err = several(2, "train_tiny.py", *TINY, "--out", path)
+    codes, out, err = forked(2, "train_tiny.py", *TINY, "--out", path)
     assert codes == [0, 0] and "2 processes" in out[0] and out[1] == err[1] == "", (out, err)
     return path, losses(out[0])
 
-
-def weights(path):
-    return load_file(f"{path}.train")["weights"]
-
-
 def test_two_processes_train_as_one(whole, tmp_path):
-    """One batch in one piece, in two processes (8 and 7 rows), in three parts, in two times two parts: the same losses, to rounding."""
-    found = []
+    """A batch in one piece, in three parts, in two processes (8 and 7 rows), in two times two
+    parts: the same losses, to rounding."""
     for n, parts in ((1, 1), (1, 3), (2, 2)):
-        codes, out, _ = several(n, "train_tiny.py", *TINY, "--accumulate", parts, "--out", tmp_path / "b.pt")
-        assert codes == [0] * n and len(losses(out[0])) == 3
-        found.append(losses(out[0]))
-    for other in found:
-        assert max(abs(a - b) for a, b in zip(whole[1], other)) < 5e-3, (whole[1], found)
+        codes, [out, *_], _ = forked(n, "train_tiny.py", *TINY, "--accumulate", parts,
+                                     "--out", tmp_path / "b.pt")
+        assert codes == [0] * n and losses(out) == pytest.approx(whole[1], abs=5e-3), (n, parts)
     assert whole[1][0] - whole[1][-1] > 0.1, "nothing was learned that could differ"
 
-
 def test_a_dead_process_ends_the_run_which_resumes_to_the_same_bits(whole, tmp_path):
-    path = tmp_path / "a.pt"
-    out, err = torchrun("train_tiny.py", *TINY, "--save-minutes", 0, "--out", path, until=(tmp_path / "a.pt.train").exists)
-    assert sentences([err]) == [f"train_tiny.py: another process of this run has ended, and the run with it; {path}.train keeps the last save: "
-                                f"go on with train_tiny.py --resume --out {path}"], err
-    assert losses(out) == whole[1][:len(losses(out))] and load_file(f"{path}.train")["step"] < 24
-    codes, out, err = several(2, "train_tiny.py", "--resume", "--out", path)
-    assert codes == [0, 0] and all(torch.equal(w, weights(whole[0])[name]) for name, w in weights(path).items())
-
+    """torchrun starts two processes, and the second one is killed when the first has saved."""
+    path, kept = tmp_path / "a.pt", tmp_path / "a.pt.train"
+    flags = [*TINY, "--save-minutes", "0", "--out", path]
+    p = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--nproc_per_node=2", ROOT / "train_tiny.py", *flags],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 200
+    while not kept.exists() and p.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    children = subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True, text=True).stdout
+    for pid in children.split():
+        if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
+            os.kill(int(pid), signal.SIGKILL)
+    out, err = p.communicate(timeout=200)
+    [said] = sentences([err])
+    assert p.returncode == 1 and "another process of this run has ended" in said, out + err
+    assert f"train_tiny.py --resume --out {path}" in said
+    assert losses(out) == whole[1][:len(losses(out))] and read(kept)["step"] < 24
+    assert forked(2, "train_tiny.py", "--resume", "--out", path)[0] == [0, 0]
+    weights, expected = (read(f"{file}.train")["weights"] for file in (path, whole[0]))
+    assert all(torch.equal(w, expected[name]) for name, w in weights.items())
 
 AT_STEP_15 = """
 real, calls = train_tiny.diffusion_loss, 0
@@ -93,106 +79,98 @@ def loss(model, *batch):
 train_tiny.diffusion_loss = loss
 """
 
-
 def test_sigterm_stops_all_at_the_same_step(whole, tmp_path):
-    codes, out, err = several(2, "train_tiny.py", *TINY, "--out", tmp_path / "a.pt", patch=AT_STEP_15.format("os.kill(os.getpid(), signal.SIGTERM)"))
-    assert codes == [130, 130] and "stopped after 15 steps" in out[0] and load_file(tmp_path / "a.pt.train")["step"] == 15, (out, err)
-    codes, out, err = several(1, "train_tiny.py", "--resume", "--out", tmp_path / "a.pt")  # with another number of processes
-    assert codes == [0] and max(abs(a - b) for a, b in zip(whole[1][1:], losses(out[0]), strict=True)) < 5e-3
-
-
-@pytest.mark.parametrize("what, said", [("return real(model, *batch) * float('nan')", "the loss is nan at step 15"), ("raise torch.OutOfMemoryError('CUDA out of memory')", "raise --accumulate")])
-def test_what_happens_to_one_ends_all_with_one_sentence(whole, tmp_path, what, said):
-    codes, out, err = several(2, "train_tiny.py", *TINY, "--out", tmp_path / "a.pt", patch=AT_STEP_15.format(what))
-    assert 2 in codes and set(codes) <= {2, -15} and len(sentences(err)) == 1 and said in sentences(err)[0], (codes, err)
-    assert load_file(tmp_path / "a.pt.train")["step"] == 8 and load(tmp_path / "a.pt")
-
-
-@pytest.mark.parametrize("script, flags, said", [("train_tiny.py", [*TINY, "--accumulate", 10], "too small for 2 processes"), ("sample.py", ["--prompt", "hi"], "--out"),
-                                                 ("sample.py", ["--chat"], "--out"), ("sample.py", ["--watch"], "--out"), ("sample.py", ["--prompts", "-", "--out", "x"], "--prompts FILE")])
-def test_user_errors_are_said_once(script, flags, said):
-    codes, out, err = several(2, script, *flags)
-    assert 2 in codes and set(codes) <= {2, 130, -15} and len(sentences(err)) == 1 and said in sentences(err)[0], (codes, err)
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    """A checkpoint of random weights and 11 prompts: flags that answer them."""
-    folder = tmp_path_factory.mktemp("job")
-    save(folder / "wordy.pt", random_model(dtype=torch.float32, vocab_size=260, n_vocab=258, mask_id=257, eos_id=256, eot_id=None), build_tokenizer("some text ", 258))
-    (folder / "p.txt").write_text("".join(f"{'long ' * (i % 4)}prompt {i}\n" for i in range(11)))
-    return ["--ckpt", folder / "wordy.pt", "--prompts", folder / "p.txt", "--gen-length", 8, "--temperature", 0.7, "--cache", "all", "--batch-size", 2, "--device", "cpu"]
-
+    path, patch = tmp_path / "a.pt", AT_STEP_15.format("os.kill(os.getpid(), signal.SIGTERM)")
+    codes, out, err = forked(2, "train_tiny.py", *TINY, "--out", path, patch=patch)
+    assert codes == [130, 130] and "stopped after 15 steps" in out[0], (out, err)
+    assert read(f"{path}.train")["step"] == 15
+    codes, out, _ = forked(1, "train_tiny.py", "--resume", "--out", path)  # with fewer processes
+    assert codes == [0] and losses(out[0]) == pytest.approx(whole[1][1:], abs=5e-3)
 
 def answers(path):
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"}
+            for line in path.read_text().splitlines()]
 
+@pytest.fixture(scope="module")
+def job(wordy, tmp_path_factory):
+    """Flags that answer 11 prompts with a checkpoint of random weights, and the answers."""
+    folder = tmp_path_factory.mktemp("job")
+    prompts = [f"{'long ' * (i % 4)}prompt {i}" for i in range(11)]
+    (folder / "p.txt").write_text("\n".join(prompts))
+    flags = ["--ckpt", wordy, "--prompts", folder / "p.txt"]
+    flags += "--gen-length 8 --temperature 0.7 --cache all --batch-size 2 --device cpu".split()
+    assert forked(1, "sample.py", *flags, "--out", folder / "whole.jsonl")[0] == [0]
+    return flags, answers(folder / "whole.jsonl")
 
-SLOW = """
+@pytest.mark.parametrize("script, flags, fault, words", [
+    ("train_tiny.py", ["--accumulate", 10], "", "too small for 2 processes"),
+    ("train_tiny.py", [], "return real(model, *batch) * float('nan')", "loss is nan at step 15"),
+    ("train_tiny.py", [], "raise torch.OutOfMemoryError('out of memory')", "raise --accumulate"),
+    *[("sample.py", flags.split(), "", "--out") for flags in ("--prompt hi", "--chat", "--watch")],
+    ("sample.py", ["--prompts", "-", "--out", "x"], "", "FILE"),
+    ("sample.py", None, "", "line 1 of --out")])
+def test_one_process_says_what_is_wrong(job, tmp_path, script, flags, fault, words):
+    """The others fail too, or are ended before or while they do."""
+    (tmp_path / "a.jsonl").write_text("precious\n")
+    usual = [*TINY, "--out", "a.pt"] if script == "train_tiny.py" else []
+    flags = [*job[0], "--out", "a.jsonl"] if flags is None else [*usual, *flags]
+    patch = AT_STEP_15.format(fault) if fault else ""
+    codes, _, err = forked(2, script, *flags, cwd=tmp_path, patch=patch)
+    assert 2 in codes and set(codes) <= {2, 130, -15}, (codes, err)
+    assert len(sentences(err)) == 1 and words in sentences(err)[0], err
+    assert (tmp_path / "a.jsonl").read_text() == "precious\n"
+    assert codes[0] == 2 or "line 1" not in words  # the first process reads the file
+    if fault:
+        assert read(tmp_path / "a.pt.train")["step"] == 8 and load(tmp_path / "a.pt")
+
+# each call of generate leaves a line in a file, so that processes can wait for each other
+WAIT = """
 import os, signal, time
 real, calls = sample.generate, 0
+def wait(ready, seconds=100):
+    end = time.time() + seconds
+    while not ready(open("log").read().splitlines()) and time.time() < end:
+        time.sleep(0.01)
 def generate(model, prompts, **how):
     global calls
     calls += 1
-    if {kill}:
-        while f"{{1 - rank}} " not in open({log!r}).read():  # the other one has begun
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep({seconds}[rank])
-    with open({log!r}, "a") as f:
-        f.write(f"{{rank}} {{len(prompts)}}\\n")
+    with open("log", "a") as f:
+        f.write(f"{rank} {len(prompts)} {calls}\\n")
+    HERE
     return real(model, prompts, **how)
 sample.generate = generate
 """
 
-
-def test_the_answers_of_several_processes_are_those_of_one(job, tmp_path):
-    """In order, each given once, whichever process is slow."""
-    for n, seconds in ((1, [0]), (2, [0.2, 0]), (3, [0, 0.3, 0.02])):
-        path, log = tmp_path / f"{n}{seconds}.jsonl", tmp_path / f"{n}{seconds}.log"
-        codes, out, err = several(n, "sample.py", *job, "--out", path, patch=SLOW.format(kill=False, seconds=seconds, log=str(log)))
-        assert codes == [0] * n and out == [f"{path}: 11 prompts answered\n"] + [""] * (n - 1), (out, err)
-        ran = [line.split() for line in log.read_text().splitlines()]
-        assert sum(int(rows) for _, rows in ran) == 11 * 3, "each prompt once, with each of three caches"
-        assert answers(path) == answers(tmp_path / "1[0].jsonl") and len(answers(path)) == 33
-        if max(seconds) >= 0.2:  # nobody waits for a slow one
-            slow = str(seconds.index(max(seconds)))
-            assert 3 <= [who for who, _ in ran].count(slow) <= 9
-    codes, out, _ = several(2, "sample.py", *job, "--out", path)  # all of it is there
-    assert codes == [0, 0] and out[0].endswith("11 of them before\n") and answers(path) == answers(tmp_path / "1[0].jsonl")
-    path.write_text("precious\n")
-    codes, out, err = several(2, "sample.py", *job, "--out", path)
-    assert codes[0] == 2 and len(sentences(err)) == 1 and "line 1 of --out" in sentences(err)[0] and path.read_text() == "precious\n", (codes, err)
-
+@pytest.mark.parametrize("n, slow", [(2, 0), (3, 1)])
+def test_the_answers_of_several_processes_are_those_of_one(job, tmp_path, n, slow):
+    """In order, each given once, though one process is so slow that the others answer the rest."""
+    path = tmp_path / "a.jsonl"
+    here = f"""if calls == 1:
+        wait(lambda log: len({{line[0] for line in log}}) == {n})
+        wait(lambda log: rank != {slow} or len(log) == 16)"""
+    codes, out, err = forked(n, "sample.py", *job[0], "--out", path, cwd=tmp_path,
+                             patch=WAIT.replace("HERE", here))
+    assert codes == [0] * n and out == [f"{path}: 11 prompts answered\n"] + [""] * (n - 1), err
+    assert answers(path) == job[1] and len(job[1]) == 33
+    ran = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert sum(int(rows) for _, rows, _ in ran) == 11 * 3, "each prompt once, with each cache"
+    assert [rank for rank, *_ in ran].count(str(slow)) == 3, "nobody waits for the slow one"
+    codes, out, _ = forked(2, "sample.py", *job[0], "--out", path)  # all of it is there
+    assert codes == [0, 0] and out[0].endswith("11 of them before\n") and answers(path) == job[1]
+    assert {p.name for p in tmp_path.iterdir()} == {"a.jsonl", "log"}, "a lock was left"
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_answers_go_on_behind_a_dead_process(job, tmp_path, victim):
-    path, whole, log = tmp_path / "a.jsonl", tmp_path / "whole.jsonl", tmp_path / "log"
-    several(1, "sample.py", *job, "--out", whole)
-    codes, out, err = several(2, "sample.py", *job, "--out", path, patch=SLOW.format(kill=f"rank == {victim} and calls == 4", seconds=[0.15 * (r != victim) for r in range(2)], log=str(log)))
-    assert sorted(codes) == [-9, 130] and sentences(err) == [f"stopped; the same command goes on behind what --out {path} holds"], (codes, err)
+def test_answers_resume_after_a_dead_process(job, tmp_path, victim):
+    """It dies in its second batch, while the other one is in its own."""
+    path = tmp_path / "a.jsonl"
+    here = f"""if calls == 4:
+        wait(lambda log: sum(line.endswith(' 4') for line in log) == 2)
+        os.kill(os.getpid(), signal.SIGKILL) if rank == {victim} else time.sleep(100)"""
+    codes, out, err = forked(2, "sample.py", *job[0], "--out", path, cwd=tmp_path,
+                             patch=WAIT.replace("HERE", here))
+    said = f"stopped; the same command resumes after the answers in --out {path}"
+    assert sorted(codes) == [-9, 130] and sentences(err) == [said], (codes, err)
     text = path.read_text()
-    assert (not text or text.endswith("\n")) and answers(path) == answers(whole)[:text.count("\n")]
-    assert several(3, "sample.py", *job, "--out", path)[0] == [0] * 3
-    assert answers(path) == answers(whole) and path.read_text().startswith(text)
-
-
-@pytest.mark.slow
-def test_torchrun_answers_a_file(tmp_path):
-    """The bundled model under torchrun, a kill -9 of one process, and the rest by another number of them."""
-    model, _ = load(ROOT / "checkpoints" / "tiny.pt")
-    (tmp_path / "p.txt").write_text("".join(question + "\n" for question, _ in model.extra["problems"][:20]))
-    flags, path = ["--prompts", tmp_path / "p.txt", "--gen-length", 16, "--device", "cpu", "--batch-size", 2, "--out"], tmp_path / "a.jsonl"
-    _, err = torchrun("sample.py", *flags, path, until=lambda: path.exists() and path.stat().st_size)
-    assert sentences([err]) == [f"stopped; the same command goes on behind what --out {path} holds"], err
-    assert 0 < len(answers(path)) < 20
-    assert several(3, "sample.py", *flags, path)[0] == [0, 0, 0] and several(1, "sample.py", *flags, tmp_path / "whole.jsonl")[0] == [0]
-    assert answers(path) == answers(tmp_path / "whole.jsonl")
-
-
-def test_a_slice_of_the_campaign(tmp_path):
-    """Two kills of each kind; the second run goes on with a campaign that is there, and has nothing left to do."""
-    for _ in range(2):
-        p = subprocess.run([sys.executable, str(ROOT / "tests" / "campaign.py"), "--kills", "2", "--dir", str(tmp_path)], capture_output=True, text=True, timeout=600)
-        assert p.returncode == 0 and re.search(r"^training +2 +\d +0 +0 +0$", p.stdout, re.M) and re.search(r"^answering +2 +\d +0 +0 +0$", p.stdout, re.M), p.stdout + p.stderr
-    assert len(list(tmp_path.glob("kills-0.jsonl"))) == 1
+    assert text.endswith("\n") and answers(path) == job[1][:text.count("\n")]
+    assert forked(3, "sample.py", *job[0], "--out", path)[0] == [0] * 3
+    assert answers(path) == job[1] and path.read_text().startswith(text)

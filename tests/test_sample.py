@@ -1,41 +1,50 @@
-"""The command line, as a user types it: in a process of its own, with good and with bad input.
-
-python -m pytest tests/test_sample.py"""
-import contextlib
+"""The command line of sample.py, with good and with bad input."""
+import codecs
 import importlib.util
-import io
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, forked, random_model
+from filelock import FileLock
 
-from dkv_min import generate
-from model import Tokenizer, load, save
-from sample import N_DEMO, encode, launch, load_checkpoint, main
-from train_tiny import PATTERN, build_tokenizer, side
+import sample as s
+from model import load, save
+from support.cli import fetch, launch
+from support.evaluate import encode
+from support.prompts import N_DEMO
+from support.tokenizer import PATTERN, Tokenizer
 
 QUESTION = "Anna has 3 boxes of 4 pens. Monday she loses 5. How many pens are left?"
-
+TINY = ROOT / "checkpoints" / "tiny.pt"
 
 def sample(*flags, code=0, **how):
     [found], [out], [err] = forked(1, "sample.py", *flags, **how)
     assert found == code, out + err
     return SimpleNamespace(out=out, err=err)
 
+def launched(flags, capsys):
+    """-> the exit code of a command line in this process, its stdout and stderr"""
+    with pytest.raises(SystemExit) as e:
+        launch(lambda: s.main([*map(str, flags)]))
+    return e.value.code, *capsys.readouterr()
 
 def objects(*flags):
-    """The lines of --json; in this process, to save the seconds of starting one."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert main([*map(str, flags), "--json"]) == 0
-    return [json.loads(line) for line in out.getvalue().splitlines()]
+    return [json.loads(line) for line in sample(*flags, "--json").out.splitlines()]
 
+def timeless(objects):
+    return [{k: v for k, v in o.items() if k != "seconds"} for o in objects]
+
+def answers(path):
+    return timeless(map(json.loads, path.read_text().splitlines()))
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
@@ -44,306 +53,258 @@ def bare(tmp_path_factory):
     save(path, random_model(dtype=torch.float32))
     return path
 
-
-@pytest.fixture(scope="module")
-def wordy(tmp_path_factory):
-    """Random weights with a tokenizer: its text is anything, control characters included."""
-    path = tmp_path_factory.mktemp("wordy") / "wordy.pt"
-    tokenizer = build_tokenizer("some text ", 258)
-    save(path, random_model(dtype=torch.float32, vocab_size=260, n_vocab=258, mask_id=257, eos_id=256, eot_id=None), tokenizer)
-    return path
-
-
 def test_no_flags(tmp_path):
-    """The main job: questions that were held out, every cache, right or wrong, a table with counts and the fair rival."""
-    p = sample(cwd=tmp_path, patch="sample.REPEATS = 1")
-    questions = re.findall(r"^(\S.*)\n  none, low_confidence", p.out, re.M)
-    model, _ = load(ROOT / "checkpoints" / "tiny.pt")
-    assert len(questions) == N_DEMO and [q for q, _ in model.extra["problems"][:N_DEMO]] == questions
-    for question, answer in model.extra["problems"]:
-        assert side([int(n) for n in re.findall(r"(\d)\*(\d)=", answer)[0]] + [int(a + b) for a, b in re.findall(r"\d([+-])(\d)=", answer)]) == "test"
-    table = [re.split(r" {2,}", line.strip()) for line in p.out.split("\n\n")[-1].splitlines()[1:]]
-    assert [row[:2] for row in table[1:]] == [["none", "low_confidence"], ["decode", "low_confidence"], ["none", "left_to_right"],
-                                              ["greedy", "left_to_right"], ["none", "low_confidence"]]
-    for row in table[1:]:  # the table counts what stands above it
-        name = f"{row[0]}, {row[1]}, {row[3]} steps"
-        marks = re.findall(rf"^  {name} +(right|wrong)  (.*)$", p.out, re.M)
-        answers = [answer for _, answer in model.extra["problems"][:N_DEMO]]
-        assert [mark == "right" for mark, _ in marks] == [said == answer for (_, said), answer in zip(marks, answers)]
-        assert row[4] == f"{sum(mark == 'right' for mark, _ in marks)}/{N_DEMO}", (row, marks)
-    ran = [int(row[5].replace(",", "")) for row in table[1:]]
-    assert ran[1] < ran[0] and ran[3] < ran[2] == ran[0] == 2 * ran[4]
-
-
-@pytest.mark.parametrize("name", ["tiny.pt", "long.pt"])
-def test_the_bundled_models_answer(name):
-    model, tokenizer = load(ROOT / "checkpoints" / name, dtype=torch.float32)
-    assert (ROOT / "checkpoints" / name).stat().st_size <= 8e6
-    extra, right = model.extra, 0
-    pairs = extra["problems"][:6]
-    r = generate(model, [tokenizer.encode(extra["template"].replace("{}", q)) for q, _ in pairs], gen_length=extra["gen_length"], block_length=extra["block_length"])
-    for (_, answer), tokens in zip(pairs, r.tokens):
-        right += tokenizer.decode(tokens[-extra["gen_length"]:]).split("<|eos|>")[0] == answer
-    assert right >= 5, f"{right} of 6 worked answers right"
-
+    """One held-out question in full, and a table over four with counts and the fair rivals."""
+    p, problems = sample(cwd=tmp_path, patch="sample.REPEATS = 1"), load(TINY)[0].extra["problems"]
+    assert len(p.out.splitlines()) <= 20 and TINY.stat().st_size <= 8e6
+    assert p.out.startswith(problems[0][0] + "\n") and problems[1][0] not in p.out
+    rows = [re.split(r" {2,}", line.strip()) for line in p.out.split("\n\n")[-1].splitlines()[2:]]
+    assert [row[:4] for row in rows] == [
+        ["none", "low_confidence", "-", "64"], ["decode", "low_confidence", "8", "64"],
+        ["none", "left_to_right", "-", "64"], ["greedy", "left_to_right", "2", "64"],
+        ["none", "low_confidence", "-", "32"]]
+    for cache, order, _, steps, *_ in rows:
+        [(mark, said)] = re.findall(f"^  {cache}, {order}, {steps} steps +(right|wrong)  (.*)$",
+                                    p.out, re.M)
+        assert (mark == "right") == (said == problems[0][1])
+    found = objects("--cache", "all")
+    for row in (rows[0], rows[1], rows[3]):  # the table adds up
+        runs = [o for o in found if o["cache"] == row[0]]
+        right = sum(o["text"].strip() == problems[o["index"]][1] for o in runs)
+        ran, full = (sum(o[key] for o in runs) for key in ("positions_run", "positions_full"))
+        assert right >= 3 and row[4:7] == [f"{right}/{N_DEMO}", f"{ran:,}", f"{full / ran:.2f}x"]
 
 def test_json_agrees_with_the_library():
-    fields = ["index", "prompt", "cache", "settings", "prompt_ids", "ids", "text", "forwards", "positions_run", "positions_full", "seconds"]
-    found = objects("--prompt", QUESTION, "--prompt", "Short?", "--cache", "all", "--temperature", 0.7, "--seed", 3)
-    assert [list(o) for o in found] == [fields] * 6
-    assert [(o["index"], o["cache"]) for o in found] == [(i, c) for i in (0, 1) for c in ("none", "decode", "greedy")]
-    model, tokenizer = load(ROOT / "checkpoints" / "tiny.pt")
+    found = objects("--prompt", QUESTION, "--prompt", "Short?", "--cache", "all",
+                    "--temperature", 0.7, "--seed", 3)
+    assert [(o["index"], o["cache"]) for o in found] == [
+        (i, c) for i in (0, 1) for c in ("none", "decode", "greedy")]
+    shared = set("ckpt dtype seed cache gen_length steps block_length temperature remasking "
+                 "cfg_scale stop_at_eos suppress_eos".split())
+    own = dict(none=set(), decode={"refresh", "delay"}, greedy={"refresh", "window", "delay"})
+    model, tokenizer = load(TINY)
     for o in found:
-        assert o["prompt_ids"] == tokenizer.encode(model.extra["template"].replace("{}", o["prompt"]))
+        assert " ".join(o) == ("index prompt cache settings prompt_ids ids text forwards "
+                               "positions_run positions_full seconds")
+        assert set(o["settings"]) == shared | own[o["cache"]]
+        assert o["prompt_ids"] == encode([o["prompt"]], tokenizer, model.extra)
         assert len(o["ids"]) == model.extra["gen_length"] == o["forwards"] and o["seconds"] > 0
-        ids = o["ids"][:o["ids"].index(model.config.eos_id)] if model.config.eos_id in o["ids"] else o["ids"]
-        assert o["text"] == tokenizer.decode(ids)
+        end = [*o["ids"], model.config.eos_id].index(model.config.eos_id)
+        assert o["text"] == tokenizer.decode(o["ids"][:end])
         assert o["positions_full"] == o["forwards"] * (len(o["prompt_ids"]) + len(o["ids"]))
         assert (o["positions_run"] < o["positions_full"]) == (o["cache"] != "none")
 
-
-def test_answers_depend_neither_on_the_batch_nor_on_the_rest(tmp_path):
-    (tmp_path / "p.txt").write_text(f"{QUESTION}\n\nBen has 2 bags of 9 cups.\nHow many?\n")
-    how = ("--prompts", tmp_path / "p.txt", "--temperature", 1, "--remasking", "random", "--cache", "greedy")
-    alone, together = ([o["ids"] for o in objects(*how, "--batch-size", n)] for n in (1, 3))
-    assert alone == together and len(alone) == 3
-    assert alone != [o["ids"] for o in objects(*how, "--seed", 1)]
-
-
 def test_prompts_from_everywhere(tmp_path):
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "one\ntwo", "other": 1}) + "\n\n" + json.dumps({"prompt": "é\u2028è"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert [o["prompt"] for o in objects("--prompts", tmp_path / "p.jsonl", "--steps", 2)] == ["one\ntwo", "é\u2028è"]
-    piped = sample("--prompts", "-", "--steps", 2, "--json", stdin=b"a\r\n\nb\n")
-    assert [json.loads(line)["prompt"] for line in piped.out.splitlines()] == ["a", "b"]
-    assert [(o["prompt"], o["prompt_ids"]) for o in objects("--ids", "5, 6,7", "--steps", 2)] == [(None, [5, 6, 7])]
-    assert "<|mask|>" in objects("--prompt", "<|mask|>", "--steps", 2)[0]["prompt"]  # text, not the mask
-
+    text, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    rows.write_bytes('{"prompt": "one\\ntwo", "other": 1}\n\n{"prompt": "é\u2028è"}\n'.encode())
+    text.write_text(f"{QUESTION}\n\nBen has 2 bags of 9 cups.\nHow many?\n")
+    piped = sample("--prompts", "-", "--steps", 2, "--json", stdin=b"\xef\xbb\xbfa\r\n\nb\n").out
+    found = [*objects("--prompts", rows, "--steps", 2), *map(json.loads, piped.splitlines())]
+    assert [o["prompt"] for o in found] == ["one\ntwo", "é\u2028è", "a", "b"]
+    assert objects("--ids", "5, 6,7", "--steps", 2)[0]["prompt_ids"] == [5, 6, 7]
+    assert "<|mask|>" in objects("--prompt", "<|mask|>", "--steps", 2)[0]["prompt"]  # not the mask
+    # what is answered does not depend on the batch
+    how = ["--prompts", text, *"--temperature 1 --remasking random --cache greedy".split()]
+    one, three, other = ([o["ids"] for o in objects(*how, *more)]
+                         for more in (["--batch-size", 1], ["--batch-size", 3], ["--seed", 1]))
+    assert one == three != other and len(one) == 3
 
 def test_a_checkpoint_without_tokenizer_or_problems(bare, wordy):
     o = objects("--ckpt", bare, "--ids", "3,4", "--gen-length", 8)[0]
-    assert o["text"] is None and len(o["ids"]) == 8
-    assert "--ids" in sample("--ckpt", bare, "--prompt", "hi", code=2).err
-    assert "gen_length is 0" in sample("--ckpt", bare, "--ids", "3", "--gen-length", 0, code=2).err
+    assert o["prompt"] is None is o["text"] and len(o["ids"]) == 8
     out = sample("--ckpt", wordy, "--prompt", "hi", "--gen-length", 32, "--cache", "all").out
-    assert "right" not in out and "exact" not in out and "half" not in out and "16 steps" in out
+    assert not re.search(r"\bright\b|exact", out) and "16 steps" in out
     assert all(c == "\n" or c.isprintable() for c in out)  # the model cannot drive the terminal
 
-
-def test_flags_reach_the_library(bare):
+def test_flags_reach_the_library(bare, tmp_path):
     def run(*flags):
         return objects("--ckpt", bare, "--ids", "3,4", "--gen-length", 16, *flags)[0]
-    assert run("--cache", "decode", "--refresh", "never")["positions_run"] == run("--cache", "decode", "--refresh", 16)["positions_run"]
-    assert run("--cache", "decode", "--refresh", 1)["ids"] == run("--cache", "none")["ids"]
-    assert run("--cache", "decode", "--no-delay")["positions_run"] < run("--cache", "decode")["positions_run"]
-    assert run("--cache", "greedy", "--window", 0)["positions_run"] < run("--cache", "greedy")["positions_run"]
-    assert run("--cache", "none", "--cfg-scale", 2)["ids"] != run("--cache", "none")["ids"]
+    none, decode, greedy = (run("--cache", cache) for cache in ("none", "decode", "greedy"))
+    never, late, always = (run("--refresh", r) for r in ("never", 16, 1))
+    assert never["positions_run"] == late["positions_run"] and always["ids"] == none["ids"]
+    assert run("--no-delay")["positions_run"] < decode["positions_run"]
+    assert run("--cache", "greedy", "--window", 0)["positions_run"] < greedy["positions_run"]
+    assert run("--cache", "none", "--cfg-scale", 2)["ids"] != none["ids"]
     assert run("--steps", 4, "--block-length", 8)["forwards"] == 4
     assert run("--dtype", "bfloat16", "--device", "cpu")["forwards"] == 16
-
-
-def test_flags_about_the_end_of_the_text(tmp_path):
+    # with --cache all a setting goes to the runs that have it
+    runs = objects("--ckpt", bare, "--ids", "3,4", "--gen-length", 16, "--cache", "all", "--window",
+                   0, "--refresh", 4, "--no-delay")
+    assert [[o["settings"].get(k) for k in ("window", "refresh", "delay")] for o in runs] == [
+        [None] * 3, [None, 4, False], [0, 4, False]]
+    # about the end of the text
     model = random_model(dtype=torch.float32)
     model.head.weight.data[1] *= 3  # EOS often
     save(tmp_path / "a.pt", model)
-    ask = ("--ckpt", tmp_path / "a.pt", "--ids", "3,4", "--gen-length", 16, "--block-length", 4)
-    assert 1 in objects(*ask)[0]["ids"] and objects(*ask)[0]["forwards"] == 16
-    assert 1 not in objects(*ask, "--suppress-eos", "logits")[0]["ids"]
-    assert objects(*ask, "--stop-at-eos")[0]["forwards"] < 16
-    assert objects(*ask, "--suppress-eos", "confidence", "--block-length", 16)[0]["ids"] != objects(*ask, "--block-length", 16)[0]["ids"]
+    ask = ("--ckpt", tmp_path / "a.pt", "--ids", "3,4", "--gen-length", 16, "--block-length")
+    usual, logits, stop, one, late = (objects(*ask, *more)[0] for more in (
+        [4], [4, "--suppress-eos", "logits"], [4, "--stop-at-eos"], [16],
+        [16, "--suppress-eos", "confidence"]))
+    assert 1 in usual["ids"] and usual["forwards"] == 16 and 1 not in logits["ids"]
+    assert stop["forwards"] < 16 and late["ids"] != one["ids"]
 
+def test_other_lengths_than_the_model_s_are_noted():
+    """They cost quality, and a length that is not a multiple of the blocks makes one block."""
+    for length, note in (20, "note: the model was trained on answers of 64 tokens in blocks of 32; "
+                             "expect more errors with 20 in blocks of 20\n"), (64, ""):
+        p = sample("--prompt", QUESTION, "--gen-length", length, "--steps", 2, "--json")
+        assert p.err == note and f'"block_length": {min(length, 32)},' in p.out
 
-def test_a_closed_pipe_is_no_fault(tmp_path):
+def test_in_a_shell(tmp_path):
+    """Closed and full output are not faults of ours, and bytes that are not UTF-8 are an error."""
     (tmp_path / "p.txt").write_text("hello\n" * 40)
-    p = subprocess.run(f"{sys.executable} {ROOT / 'sample.py'} --prompts {tmp_path / 'p.txt'} --steps 2 --cache all --json | head -n 1", shell=True,
-                       capture_output=True, text=True, timeout=200)
-    assert p.stderr == "" and json.loads(p.stdout)["index"] == 0
+    for command, words in [
+            (f"--prompts {tmp_path / 'p.txt'} --steps 2 --cache all --json | head -n 1", ""),
+            ("--watch --steps 2 >&-", ""), ("--prompt $(printf 'caf\\351')", "UTF-8"),
+            ("--chat </dev/null >&-", "open stdin"),
+            ("--prompt hi --steps 2 --json >/dev/full", "cannot write")]:
+        if "/dev/full" in command and not os.path.exists("/dev/full"):
+            continue
+        p = subprocess.run(f"{sys.executable} {ROOT / 'sample.py'} {command}", shell=True,
+                           text=True, capture_output=True, timeout=200)
+        assert p.returncode == 2 * bool(words) and words in p.stderr, (command, p.stderr)
+        assert p.stderr.count("\n") == bool(words) and p.stdout.count("\n") == ("head" in command)
+        assert not p.stdout or json.loads(p.stdout)["index"] == 0
 
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
-def test_a_full_disk_is_one_sentence():
-    p = subprocess.run(f"{sys.executable} {ROOT / 'sample.py'} --prompt hi --steps 2 --json > /dev/full", shell=True, capture_output=True, text=True, timeout=200)
-    assert p.returncode == 2 and p.stderr.count("\n") == 1 and "cannot write" in p.stderr, p.stderr
-
-
-WRONG = [
-    (["--ckpt", "nothing"], "nothing"), (["--ckpt", str(ROOT / "README.md")], "README.md"), (["--ckpt", str(ROOT)], "directory"), (["--ckpt", "/dev/zero"], "device"), (["--chat", "--json"], "--chat"), (["--json", "--out", "x"], "--out"), (["--out", "/nowhere/x"], "--out"), (["--out", "/dev/full"], "device"), (["--out", ""], "--out"), (["--prompts", __file__, "--out", __file__], "--out"),
-    (["--prompts", "/no/such"], "/no/such"), (["--prompts", str(ROOT)], "directory"), (["--ids", "1,x"], "1,x"), (["--ids", "999999"], "999999"), (["--ids", ""], "--ids"),
-    (["--prompt", ""], "empty"), (["--prompt", "caf\udce9"], "UTF-8"), (["--prompt", "\udce9" * 5000], "UTF-8"), (["--ids", "x" * 5000], "--ids"), (["--cache", "fast"], "fast"), (["--refresh", "0"], "--refresh"), (["--refresh", "often"], "often"),
-    (["--gen-length", "0"], "gen_length is 0"), (["--gen-length", "10", "--block-length", "4"], "no multiple"), (["--steps", "7", "--block-length", "8"], "steps"),
-    (["--window", "-1", "--cache", "greedy"], "window"), (["--temperature", "-1"], "temperature"), (["--temperature", "nan"], "temperature"), (["--cfg-scale", "-1"], "cfg_scale"),
-    (["--cache", "greedy", "--remasking", "low_confidence"], "greedy"), (["--batch-size", "0"], "--batch-size"), (["--prompt", "word " * 2000], "more than the model"),
-    (["--frobnicate"], "--frobnicate"), (["--f\x1b[2J\nx"], "--f\\x1b[2J\\nx"), (["--seed", "x"], "x"), (["--block-length", "0"], "block_length is 0"), (["--gen-length", "-8"], "gen_length"),
-]
-
-
-@pytest.mark.parametrize("flags, words", WRONG, ids=lambda w: str(w)[:40])
-def test_user_errors_are_one_sentence(flags, words, capsys, monkeypatch):
-    """In this process, to save the seconds of starting one; the next test has the whole way."""
+@pytest.mark.parametrize("line", [
+    line for line in (ROOT / "tests/errors_sample.txt").read_text().splitlines()[1:]
+    if not line.startswith("--device") or not torch.cuda.is_available()])
+def test_user_errors_are_one_sentence(line, bare, tmp_path, capsys, monkeypatch):
+    for name, content in {
+            "hub/config.json": b"{}", "latin.txt": b"caf\xe9\n", "empty.txt": b"\n\n",
+            "key.jsonl": b'{"question": "x"}\n', "none.jsonl": b'{"prompt": ""}',
+            "number.jsonl": b'{"prompt": 3}\n', "cut.jsonl": b'{"prompt": ',
+            "digits.jsonl": b'{"prompt": ' + b"1" * 5000 + b"}",
+            "deep.jsonl": b'{"prompt": ' + b"[" * 100000}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    torch.save({"args": {}, "step": 3, "weights": {}}, tmp_path / "x.pt.train")
+    places = dict(root=ROOT, tmp=tmp_path, bare=bare, long="x" * 400_001, words="word " * 2000,
+                  surrogates="\udce9" * 5000)
     monkeypatch.setattr(sys, "argv", ["sample.py"])
-    with pytest.raises(SystemExit) as e:
-        launch(lambda: main(flags))
-    out, err = capsys.readouterr()
-    assert e.value.code == 2 and words in err and err.count("\n") == 1 and out == "", err
+    flags, words = line.split(" | ")
+    flags = shlex.split(codecs.decode(flags, "unicode_escape"))
+    code, out, err = launched([flag.format(**places) for flag in flags], capsys)
+    assert code == 2 and re.search(words, err) and err.count("\n") == 1 and out == "", err
     assert len(err) < 400, "what a user typed is quoted in short"
 
-
-@pytest.mark.parametrize("flags, words", [(["--prompt", b"caf\xe9"], "UTF-8"), (["--ckpt", "nothing"], "nothing"), (["--frobnicate"], "--frobnicate"),
-                                          (["--steps", "7", "--block-length", "8"], "steps")])
-def test_user_errors_in_a_process_of_their_own(flags, words):
-    p = subprocess.run([sys.executable, str(ROOT / "sample.py"), *flags], capture_output=True, text=True, timeout=200)
-    assert p.returncode == 2 and words in p.stderr and p.stderr.count("\n") == 1 and p.stdout == "", p.stderr
-
-
-def test_llada_is_not_fetched_unasked(tmp_path):
-    """Without a terminal to ask on; where the packages for it are missing, they are named instead."""
-    p = sample("--ckpt", "llada-1.5", "--prompt", "Hello", code=2, patch=f"import os; os.environ['HF_HOME'] = {str(tmp_path)!r}")
+def test_llada_is_not_fetched_unasked(tmp_path, monkeypatch):
+    """Without a terminal to ask on; if the packages for it are missing, they are named instead."""
+    p = sample("--ckpt", "llada-1.5", "--prompt", "Hello", code=2,
+               patch=f"import os; os.environ['HF_HOME'] = {str(tmp_path)!r}")
     assert p.out == "" and not (ROOT / "checkpoints" / "llada-1.5.pt").exists()
-    last = p.err.splitlines()[-1]
+    last = p.err.splitlines()[-1]  # the converter's sentence, and none of ours after it
+    assert last.startswith("convert.py: ") and "sample.py: " not in p.err
     if importlib.util.find_spec("huggingface_hub") and importlib.util.find_spec("safetensors"):
-        assert "--yes" in last and "GSAI-ML/LLaDA-1.5 will be fetched: 16 GB" in p.err
+        assert "--yes" in last and "GSAI-ML/LLaDA-1.5" in p.err
     else:
         assert "requirements-llada.txt" in last
-    for wrong in (["--prompts", tmp_path / "nothing"], ["--prompt", "x", "--ids", "a"]):  # found before anything is announced
-        with pytest.raises(ValueError) as e:
-            main(["--ckpt", "llada-1.5", *map(str, wrong)])
-        assert str(e.value).split()[0] in ("cannot", "--ids")
+    monkeypatch.setattr("support.cli.fetch", lambda *_: pytest.fail("fetched before the check"))
+    for wrong in ("--prompts /nothing", "--prompt x --ids a", "--out /nowhere/x --prompt x",
+                  "--cache none --window 2"):
+        with pytest.raises(ValueError):
+            s.main(["--ckpt", "llada-1.5", *wrong.split()])
 
+def test_the_converter_s_exit_code_is_ours(monkeypatch, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    monkeypatch.setattr("support.cli.ROOT", str(tmp_path))
+    for code, raised, words in (("sys.exit(3)", SystemExit, "3"),
+                                ("os.kill(os.getpid(), 9)", ValueError, "killed")):
+        (tmp_path / "scripts" / "convert.py").write_text(f"import os, sys\n{code}\n")
+        with pytest.raises(raised, match=words):
+            fetch("llada", yes=True)
 
-def said_by(*flags):
-    """What main prints, in this process."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert main([*map(str, flags)]) == 0
-    return out.getvalue()
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_answers_go_to_a_file_and_on_where_they_stopped(tmp_path):
+def test_answers_go_to_a_file_and_resume_where_they_stopped(tmp_path):
     prompts, out, whole = tmp_path / "p.txt", tmp_path / "o.jsonl", tmp_path / "whole.jsonl"
-    prompts.write_text("".join(f"Ben has {n} bags of 4 cups. Monday he finds 3. How many cups are left?\n" for n in range(2, 7)))
-    flags = "--prompts", prompts, "--cache", "all", "--gen-length", 8, "--block-length", 8, "--temperature", 0.5, "--batch-size", 2
-    assert said_by(*flags, "--out", whole) == f"{whole}: 5 prompts answered\n"
-    expected = [{k: v for k, v in o.items() if k != "seconds"} for o in lines(whole)]
-    assert [(o["index"], o["cache"]) for o in expected] == [(i, c) for i in range(5) for c in ("none", "decode", "greedy")]
-    assert expected == [{k: v for k, v in o.items() if k != "seconds"} for o in objects(*flags)]
+    prompts.write_text("".join(f"Ben has {n} bags of 4 cups. How many?\n" for n in range(2, 7)))
+    flags = ("--prompts", prompts, "--cache", "all", "--gen-length", 8, "--block-length", 8,
+             "--temperature", 0.5, "--batch-size", 2)
+    assert sample(*flags, "--out", whole).out == f"{whole}: 5 prompts answered\n"
+    expected = answers(whole)
+    assert [(o["index"], o["cache"]) for o in expected] == [
+        (i, c) for i in range(5) for c in ("none", "decode", "greedy")]
+    assert expected == timeless(objects(*flags))
     text = whole.read_bytes()
     ends = [i + 1 for i, b in enumerate(text) if b == 10]
-    for cut in (0, 5, ends[0], ends[2], ends[4] + 40, ends[13], len(text)):  # a run killed anywhere
+    for cut in (0, 5, ends[0], ends[2], ends[4] + 40, ends[13], len(text)):  # killed anywhere
         out.write_bytes(text[:cut])
         there = sum(e <= cut for e in ends) // 3
-        kept = lines(whole)[:3 * there]
-        said = said_by(*flags, "--out", out)
-        assert lines(out)[:3 * there] == kept, "an answer was given twice"
-        assert [{k: v for k, v in o.items() if k != "seconds"} for o in lines(out)] == expected
+        said = sample(*flags, "--out", out).out
+        assert out.read_bytes().startswith(text[:ends[3 * there - 1] if there else 0])
+        assert answers(out) == expected
         assert said.endswith(f"{there} of them before\n" if there else "5 prompts answered\n")
-
 
 def test_a_file_of_other_answers_is_left_alone(tmp_path):
     out = tmp_path / "o.jsonl"
-    flags = "--gen-length", 8, "--block-length", 8
-    said_by("--prompt", QUESTION, *flags, "--out", out)
-
-    def refused(words, *flags):
-        before = out.read_bytes()
-        with pytest.raises(ValueError, match=words):
-            said_by(*flags, "--out", out)
-        assert out.read_bytes() == before
-
-    for other in (["--prompt", "Something else?", *flags], ["--prompt", QUESTION, *flags, "--seed", 1], ["--prompt", QUESTION, *flags, "--cache", "none"], ["--prompt", QUESTION, "--gen-length", 4, "--block-length", 4]):
-        refused("line 1", *other)
-    for content in ("hello", "hello\n", '{"index": 7, "prompt": "precious"}', out.read_text()[:-5].replace("Anna", "Emma"), '{"index": 0}\n', "[1]\n", "\x00\n"):
+    ask = ["--prompt", QUESTION, "--gen-length", 8, "--block-length", 8, "--out", out]
+    sample(*ask)
+    ours = out.read_text()
+    cases = [(ours, flags) for flags in ("--raw", "--seed 1", "--cache none", "--gen-length 16")]
+    cases += [(content, "") for content in (
+        "hello", "hello\n", '{"index": 7, "prompt": "precious"}', '{"index": 0}\n', "[1]\n",
+        "\x00\n", ours[:-5].replace("Anna", "Emma"))]
+    for content, flags in cases:
         out.write_text(content)
-        refused("line 1", "--prompt", QUESTION, *flags)
-    import fcntl
-    out.write_text("")
-    with open(out, "ab") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        refused("another run", "--prompt", QUESTION, *flags)
+        assert "line 1" in sample(*ask, *flags.split(), code=2).err
+        assert out.read_text() == content
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_run_writes_a_file(tmp_path, bare, monkeypatch, capsys, number):
+    """A second one is refused before it loads; a lock of a killed run blocks nobody. Interrupted,
+    it ends with exit code 130 and one sentence, and leaves no lock."""
+    out, lock = tmp_path / "o.jsonl", tmp_path / ".o.jsonl.lock"
+    flags = ["--ckpt", bare, "--ids", "3,4", "--cache", "all", "--gen-length", 8, "--out", out]
+    with FileLock(lock), monkeypatch.context() as m:
+        m.setattr(s, "load_checkpoint", lambda *_: pytest.fail("loaded before the lock"))
+        assert "another run is writing" in launched(flags, capsys)[2]
+    lock.write_text("")
+    with monkeypatch.context() as m:
+        m.setattr(s, "generate", lambda *a, **how: os.kill(os.getpid(), number) or time.sleep(9))
+        code, _, err = launched(flags, capsys)
+    said = f"stopped; the same command resumes after the answers in --out {out}\n"
+    assert code == 130 and err == said and not out.read_text()
+    assert sample(*flags).out == f"{out}: 1 prompts answered\n" and [*tmp_path.iterdir()] == [out]
 
-def test_chat(bare):
-    """Through a pipe: messages in, answers out, with what was said before as long as there is room."""
-    p = sample("--chat", stdin="\n".join([QUESTION, QUESTION, QUESTION, "/reset", "", QUESTION, "x " * 200, "/quit", "never read"]).encode())
+def test_chat(wordy):
+    """Through a pipe: messages in, answers out, with the earlier turns as long as they fit."""
+    messages = [QUESTION, QUESTION, QUESTION, "/reset", "", QUESTION, "x " * 200, "/quit", "never"]
+    p = sample("--chat", stdin="\n".join(messages).encode())
     alone = objects("--prompt", QUESTION)[0]
     said = [line for line in p.out.splitlines() if "tokens before" not in line]
     assert said.count(alone["text"]) >= 2, "the first, and the one after /reset"
     before = [int(n) for n in re.findall(r"\((\d+) tokens before", p.out)]
     assert before[0] == before[-1] == len(alone["prompt_ids"]) and before[1] > 2 * before[0]
-    assert "what was said is forgotten" in p.out and "more than the model's" in p.out and p.err == ""
-    with pytest.raises(ValueError, match="no tokenizer"):
-        main(["--chat", "--ckpt", str(bare)])
-    p = subprocess.run(f"{sys.executable} {ROOT / 'sample.py'} --chat </dev/null >&-", shell=True, capture_output=True, text=True)
-    assert p.returncode == 2 and "open stdin" in p.stderr and p.stderr.count("\n") == 1, p.stderr
-
+    assert "is forgotten" in p.out and "more than the model's" in p.out and p.err == ""
+    p = sample("--chat", "--ckpt", wordy, "--gen-length", 16, stdin=b"one " * 5 + b"\ntwo\nthree")
+    assert "(questions that no longer fit and are left out: 1)" in p.out
 
 def test_the_raw_prompt_and_llada_s_template():
-    model, tokenizer = load(ROOT / "checkpoints" / "tiny.pt")
-    plain, raw = objects("--prompt", "How many?")[0], objects("--prompt", "How many?", "--raw")[0]
-    assert tokenizer.decode(plain["prompt_ids"]) == "How many?\n" and tokenizer.decode(raw["prompt_ids"]) == "How many?"
-    special = {"<|startoftext|>": 300, "<|start_header_id|>": 301, "<|end_header_id|>": 302, "<|eot_id|>": 303, "<|endoftext|>": 304}
+    tokenizer = load(TINY)[1]
+    for flags, text in ([], "How?\n"), (["--raw"], "How?"):
+        [o] = objects("--prompt", "How?", "--steps", 2, *flags)
+        assert tokenizer.decode(o["prompt_ids"]) == text
+    names = "<|startoftext|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|endoftext|>".split()
+    special = {name: 300 + i for i, name in enumerate(names)}
     t = Tokenizer({bytes([b]): b for b in range(256)}, PATTERN, special)
     found = encode([" Hi <|eot_id|>", "Yes. ", "So?"], t, {"chat": "llada"})
-    spelled = ("<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHi @<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYes.<|eot_id|>"
-               "<|start_header_id|>user<|end_header_id|>\n\nSo?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
-    before, after = (t.encode(part, special=True) for part in spelled.split("@"))
-    assert found == before + list(b"<|eot_id|>") + after, "what a user types is text, not a special token"
+    user, model = (f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+                   for role in ("user", "assistant"))
+    before = t.encode(f"<|startoftext|>{user}Hi ", special=True)
+    after = t.encode(f"<|eot_id|>{model}Yes.<|eot_id|>{user}So?<|eot_id|>{model}", special=True)
+    assert found == before + list(b"<|eot_id|>") + after, "what a user types is text"
     assert encode(["a", "b", "c"], t, {"chat": "llada"}, raw=True) == list(b"ab\nc")
 
-
-def test_prompt_files_that_cannot_be_read(tmp_path):
-    for name, content, words in (("latin.txt", b"caf\xe9\n", "not UTF-8"), ("empty.txt", b"\n\n", "no prompt"), ("key.jsonl", b'{"question": "x"}\n', "`prompt`"),
-                                 ("none.jsonl", b'{"prompt": ""}\n', "empty"), ("number.jsonl", b'{"prompt": 3}\n', "text"), ("cut.jsonl", b'{"prompt": ', "JSON"),
-                                 ("digits.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}", "JSON"), ("deep.jsonl", b'{"prompt": ' + b"[" * 100000, "JSON")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=words):
-            main(["--prompts", str(tmp_path / name)])
-    assert "not UTF-8" in sample("--prompts", "-", code=2, stdin=b"\xff\xfe").err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_asked_for_and_absent():
-    assert "CUDA" in sample("--device", "cuda", code=2).err
-
-
-def test_sigterm_while_a_file_is_answered(tmp_path, bare, monkeypatch, capsys):
-    """As Ctrl-C: exit code 130, one sentence, and the same command goes on."""
-    import signal
-
-    import sample as s
-    out, real = tmp_path / "o.jsonl", s.generate
-    flags = ["--ckpt", str(bare), "--ids", "3,4", "--cache", "all", "--gen-length", "8", "--out", str(out)]
-    for number in (signal.SIGTERM, signal.SIGINT):
-        monkeypatch.setattr(s, "generate", lambda *a, **how: os.kill(os.getpid(), number) or real(*a, **how))
-        with pytest.raises(SystemExit) as e:
-            launch(lambda: main(flags))
-        assert e.value.code == 130 and capsys.readouterr().err == f"stopped; the same command goes on behind what --out {out} holds\n" and not out.read_text()
-    monkeypatch.setattr(s, "generate", real)
-    assert said_by(*flags) == f"{out}: 1 prompts answered\n"
-
-
 def test_out_of_memory_is_one_sentence(bare, monkeypatch, capsys):
-    import sample as s
-    monkeypatch.setattr(sys, "argv", ["sample.py"])
-    for e in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")):
-        def generate(*a, **how):
-            raise e
-        monkeypatch.setattr(s, "generate", generate)
-        with pytest.raises(SystemExit) as exit:
-            launch(lambda: main(["--ckpt", str(bare), "--ids", "3,4", "--gen-length", "8"]))
-        assert exit.value.code == 2 and capsys.readouterr().err == "sample.py: there is not enough memory for this: lower --batch-size, or the lengths\n"
-    monkeypatch.setattr(s, "generate", lambda *a, **how: [][0])  # anything else is a fault of ours, and shows itself
+    faults = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+              RuntimeError("[enforce fail at alloc_cpu.cpp:124] . can't allocate memory"),
+              IndexError()]  # a fault of ours, which shows itself
+    def generate(*a, **how):
+        raise faults.pop(0)
+    monkeypatch.setattr(s, "generate", generate)
+    ask = ["--ckpt", bare, "--ids", "3,4", "--gen-length", 8]
+    for _ in range(3):
+        code, _, err = launched(ask, capsys)
+        assert code == 2 and err.endswith(
+            ": there is not enough memory for this: lower --batch-size, or the lengths\n")
     with pytest.raises(IndexError):
-        launch(lambda: main(["--ckpt", str(bare), "--ids", "3,4", "--gen-length", "8"]))
-
-
-@pytest.mark.parametrize("amx, dtype", [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_is_bfloat16_where_a_cpu_multiplies_in_it(tmp_path, monkeypatch, amx, dtype):
-    """From ten million parameters on: below, small operations take the time, and answers should be the same everywhere."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
-    save(tmp_path / "a.pt", random_model(dtype=torch.float32, vocab_size=160_000, n_vocab=160_000))
-    assert load_checkpoint(str(tmp_path / "a.pt"), "cpu", "auto")[0].wte.weight.dtype == dtype
-    save(tmp_path / "b.pt", random_model(dtype=torch.bfloat16))
-    assert load_checkpoint(str(tmp_path / "b.pt"), "cpu", "auto")[0].wte.weight.dtype == torch.float32
+        launch(lambda: s.main([*map(str, ask)]))
