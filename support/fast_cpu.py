@@ -80,18 +80,15 @@ def pack(model):
             setattr(parent, name, PackedLinear(layer))
     return model
 
-def multiplies_bfloat16(*names):
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in names)
-
 def autocast_pays(device):
     """Whether bfloat16 autocast makes training faster: on CUDA, and on CPUs that multiply in it."""
-    return device == "cuda" or multiplies_bfloat16("amx_bf16", "avx512_bf16")
+    cpu = torch.cpu.get_capabilities()
+    return device == "cuda" or bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
 
 def pick_dtype(parameters, stored, device):
     """--dtype auto: float32 for small models, so that answers are the same everywhere; bfloat16
     from ten million parameters on where a CPU has AMX; from a billion on what is stored."""
     if parameters >= 1e9:
         return stored
-    amx = device == "cpu" and multiplies_bfloat16("amx_bf16")
+    amx = device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
     return torch.bfloat16 if amx and parameters >= 1e7 else torch.float32

@@ -3,6 +3,7 @@ import contextlib
 import glob
 import math
 import os
+import reprlib
 import signal
 
 import torch
@@ -65,7 +66,8 @@ def load_state(path):
     for name, value in state["args"].items():
         flag, listed = f"--{name}".replace("_", "-"), type(value) is list
         if value is not None and value is not False:
-            words += [flag, *map(repr, value)] if listed else [f"{flag}={value}"]
+            short = value if type(value) is str else reprlib.repr(value)  # it may be endless
+            words += [flag, *map(reprlib.repr, value)] if listed else [f"{flag}={short}"]
     return state | {"args": words}
 
 def restore(state, model, optimizers, path):

@@ -1,4 +1,5 @@
 """The toy corpus, its tokenizer, and training runs of a few seconds through the real script."""
+import functools
 import itertools
 import os
 import random
@@ -207,11 +208,12 @@ def test_what_stops_a_run_keeps_the_last_good_checkpoint(train):
 def test_resume_refuses_what_it_cannot_continue(train):
     train(SMALL + "--steps 2")
     state, resume = torch.load("a.pt.train"), "--resume --out b.pt"
+    endless = functools.reduce(lambda x, _: [x] * 4, range(40), "ha")  # a fuzz campaign hung on it
     for name, value, words in (
             ("lr", "x", "--lr"), ("ops", [1], "--ops"), ("batch_size", -1, "--batch-size"),
             ("threads", "x", "--threads"), ("n_head", torch.ones(2), "--n-head"),
             ("preset", "long", "--preset"), ("wordy", True, "--wordy"),
-            ("n_embd", None, "does not fit together")):
+            ("vocab", endless, "--vocab"), ("n_embd", None, "does not fit together")):
         torch.save(state | {"args": state["args"] | {name: value}}, "b.pt.train")
         assert words in train(resume, code=2)[1]
 
