@@ -14,7 +14,7 @@ write their K/V and attend to the whole buffer. A cache is a choice of which pos
 Both caches run everything again every `refresh` steps. "One step ago" is the delay in the name: the
 step that reveals a token still ran it as a mask, so the token is run once more, as itself, and only
 those K/V are kept. The rules are those of the authors' code for LLaDA (horseee/dKV-Cache), and
-tests/test_golden.py replays its traces. The three loops differ between the two rulers.
+tests/test_golden.py replays its traces. The loops differ where two lines "# ----" say so.
 
 Shapes: B rows, P prompt positions, T = P + gen_length, V = n_vocab. A block of L positions is
 finished before the next one starts. In the loops

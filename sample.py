@@ -40,7 +40,7 @@ def parse_args(argv):
     p.add_argument("--ckpt", default="tiny", metavar="tiny|llada|llada-base|llada-1.5|PATH",
                    help="checkpoint (tiny, which is bundled)")
     p.add_argument("--cache", choices=[*CACHES, "all"],
-                   help="which positions a step runs, see dkv_min.py (decode; without prompts all)")
+                   help="which positions a step runs, see dkv_min.py (decode; in the demo all)")
     g = p.add_argument_group("prompts (without any: held-out problems or texts of the checkpoint)")
     g.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     g.add_argument("--prompts", metavar="FILE",
@@ -67,7 +67,7 @@ def parse_args(argv):
     g.add_argument("--suppress-eos", choices=["logits", "confidence"],
                    help="never emit EOS, or reveal positions that propose it last (neither)")
     g.add_argument("--no-delay", dest="delay", action="store_false", default=None,
-                   help="cache K/V from the step that reveals a token (off: from the next one)")
+                   help="keep the K/V of the step that reveals a token (the next step's)")
     g = p.add_argument_group("running")
     g.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers (0)")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
@@ -80,7 +80,7 @@ def parse_args(argv):
     g.add_argument("--out", metavar="FILE", help="the same into a file; resumes what it holds")
     g.add_argument("--yes", action="store_true", help="fetch and convert LLaDA without asking")
     g.add_argument("--watch", type=float, nargs="?", const=0.1, metavar="SECONDS",
-                   help="show each step, so long in a terminal (0.1), as a line in a pipe")
+                   help="show each step: in a terminal for SECONDS (0.1), in a pipe as a line")
     args = p.parse_args(argv)
     # without prompts the demo compares all caches
     args.asked = bool(args.prompt or args.prompts is not None or args.ids is not None)
@@ -190,12 +190,12 @@ def answer(model, tokenizer, questions, runs, args, repeats, first=0, show=None,
     bar = tqdm(total=total, unit="step", disable=hidden, leave=False)
     model.register_forward_hook(lambda *_: bar.update(world))  # the others are about as far
     for repeat in range(repeats):
-        for first in share(batches):
-            numbers = range(first, min(first + args.batch_size, len(questions)))
+        for start in share(batches):
+            numbers = range(start, min(start + args.batch_size, len(questions)))
             prompts = [questions[j][1] for j in numbers]
             # the runs take turns, so that a slow moment of the machine meets all of them
             for i, (how, _) in enumerate(runs):
-                bar.set_description(f"{name(how)}, prompt {first + 1} of {len(questions)}")
+                bar.set_description(f"{name(how)}, prompt {start + 1} of {len(questions)}")
                 watch = Watch(tokenizer, model.config, how, args.watch) if watching else None
                 with watch or contextlib.nullcontext():
                     # random numbers belong to a prompt, so that the batch changes no answer

@@ -43,7 +43,7 @@ def start(model, prompts, how, order, generator, on_step):
 
     masks = [config.mask_id] * G
     x = torch.tensor([p[:1] * pad + p + masks for p, pad in zip(prompts, pads)], device=device)
-    out = x.clone() if how["stop_at_eos"] else x
+    out = x.clone() if how["stop_at_eos"] else x  # else the same tensor: no row leaves
     same = ("temperature", "cfg_scale", "suppress_eos", "stop_at_eos")
     return dict(x=x, P=P, T=P + G, L=L, config=config, noise=noise,
                 schedule=unmask_schedule(L, steps * L // G),

@@ -30,7 +30,7 @@ def reveal(s, lo, cand, k, logits):
 
 def draw(s, column, logits):
     """Samples a token for each of logits (B, m, V) at columns (B, m) of the block -> (B, m).
-    Inverse-CDF sampling with a uniform draw fixed per prompt, step and column: the token depends
+    Inverse-CDF sampling with a uniform draw fixed per prompt, step and column: the draw depends
     neither on the batch nor on the cache."""
     u = s.noise[:, s.step].gather(1, column)                                   # (B, m)
     scaled = (logits.double() - logits.amax(-1, keepdim=True)) / s.temperature

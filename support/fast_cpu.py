@@ -5,8 +5,8 @@ import torch
 import torch.nn as nn
 
 class PackedLinear(nn.Linear):
-    """nn.Linear that multiplies by a copy of its weight in oneDNN's own layout: a few rows, which
-    are all that a cache leaves to run, take up to half the time less. weight and bias stay as they
+    """nn.Linear that multiplies by a copy of its weight in oneDNN's own layout, which is faster for
+    a few rows, all that a cache leaves to run (scripts/README.md). weight and bias stay as they
     are. The copy is dropped as soon as they may change; then this is a plain nn.Linear."""
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, "meta")

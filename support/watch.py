@@ -12,17 +12,17 @@ import unicodedata
 
 from support.cli import printable
 
-MARKS = {"*": ("just decoded", "1;32"), "#": ("run", "33"), ".": ("from cache", "36"),
+MARKS = {"*": ("revealed", "1;32"), "#": ("run", "33"), ".": ("from cache", "36"),
          "o": ("mask, run", "2;33"), "_": ("mask, from cache", "2;36")}  # meaning, colour
 LEGEND = [f"{mark} {meaning}" for mark, (meaning, _) in MARKS.items()] + ["~ end of text"]
 
 def name(how):
     return f"{how['cache']}, {how['remasking']}, {how['steps']} steps"
 
-def marks_of(tokens, run, decoded, mask_id):
+def marks_of(tokens, run, revealed, mask_id):
     """-> for each position a character for what the step did with it."""
     return ["*" if d else ("_o" if t == mask_id else ".#")[r]
-            for t, r, d in zip(tokens, run, decoded)]
+            for t, r, d in zip(tokens, run, revealed)]
 
 def width(text):
     """Columns that text takes in a terminal."""
@@ -65,9 +65,9 @@ class Watch:
         else:
             print()
 
-    def __call__(self, step, tokens, run, decoded):
-        tokens, run, decoded = (t[0].tolist() for t in (tokens, run, decoded))
-        marks = "".join(marks_of(tokens, run, decoded, self.config.mask_id))
+    def __call__(self, step, tokens, run, revealed):
+        tokens, run, revealed = (t[0].tolist() for t in (tokens, run, revealed))
+        marks = "".join(marks_of(tokens, run, revealed, self.config.mask_id))
         n, T, P = sum(run), len(run), len(run) - self.how["gen_length"]
         self.run, self.full = self.run + n, self.full + T
         # the cells of prompt and answer
