@@ -37,7 +37,7 @@ import torch
 from support import batch
 from support.batch import end_block, record
 from support.decoding import reveal, steps, unmask_schedule
-from support.settings import REMASKING, check, check_prompts, loop_settings  # noqa: F401
+from support.settings import REMASKING, check, check_lengths, check_prompts, loop_settings
 
 # --------------------------------------------------------------------------------------------------
 # the cache, and what the loops work on
@@ -252,8 +252,7 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
     seconds = time.perf_counter() - began
     return Result(tokens, s.step, s.book.run, s.book.full, seconds)
 
-# positions of T that step i of a block runs, with m masks left, k tokens that it reveals, and `ago`
-# tokens revealed one step ago
+# positions of T that step i runs: m masks are left, k are revealed in it, `ago` one step before
 COSTS = {
     "none": lambda T, m, i, k, ago: T,
     "decode": lambda T, m, i, k, ago, refresh, delay:
@@ -271,6 +270,7 @@ def cache_cost(prompt_len, gen_length=128, steps=None, block_length=None, cache=
                          f"{', '.join(COSTS)}")
     settings = loop_settings(LOOPS[cache], settings)
     steps, L, T = steps or gen_length, block_length or gen_length, prompt_len + gen_length
+    check_lengths(gen_length, steps, L, **settings)
     total = 0
     for lo in range(prompt_len, T, L):
         ago = 0

@@ -42,9 +42,9 @@ def atomic_write(path, mode="wb"):
 
 # the names that a checkpoint's pickle may use. torch's own unpickler runs no code either, but
 # would call bytearray(2**40)
-STORAGES = "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()
+KINDS = "Float Double Half BFloat16 Long Int Short Char Byte Bool"
 NAMES = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict",
-         *(f"torch {kind}Storage" for kind in STORAGES)}
+         *(f"torch {kind}Storage" for kind in KINDS.split())}
 
 def check_zip(path):
     """Raises ValueError or UnpicklingError for a file that torch.save does not write: looks at the

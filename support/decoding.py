@@ -9,8 +9,7 @@ def unmask_schedule(L, steps):
     return [(sum(ks[:i]), k) for i, k in enumerate(ks)]
 
 def steps(s, lo):
-    """The steps of the block that starts at column lo: i the step in the block, c the tokens of the
-    block that are revealed before it, k those that it reveals."""
+    """The steps of the block at column lo -> i, c tokens revealed before it, k revealed in it."""
     for i, (c, k) in enumerate(s.schedule):
         yield i, c, k
 

@@ -6,21 +6,22 @@ import torch.nn as nn
 
 class PackedLinear(nn.Linear):
     """nn.Linear that multiplies by a copy of its weight in oneDNN's own layout, which is faster for
-    a few rows, all that a cache leaves to run (scripts/README.md). weight and bias stay as they
-    are. The copy is dropped as soon as they may change; then this is a plain nn.Linear."""
+    a few rows, all that a cache leaves to run (scripts/README.md). The copy is dropped when weight
+    changes, and this is a plain nn.Linear then. Only changes in place through .data go unseen."""
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, "meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.train(linear.training)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
-        self.made_of = self.weight, self.weight._version  # in-place changes count that up
+        self.made_of = self.weight, self.weight._version, self.weight.data_ptr()  # see forward
         self.recent = 0, 0  # how many rows the last two calls had
 
     def forward(self, x):
-        learns = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if self.made_of[0] is not self.weight or self.made_of[1] != self.weight._version:
+        w, (made_of, *state) = self.weight, self.made_of
+        learns = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+        if self.packed is not None and (made_of is not w or state != [w._version, w.data_ptr()]):
             self.packed = None
-        if self.packed is None or learns or x.dtype != self.weight.dtype:
+        if self.packed is None or learns or x.dtype != w.dtype:
             return super().forward(x)
         # oneDNN makes a kernel, in half a millisecond, for every number of rows that it has not
         # seen. Decode runs another number in each step: such rows are filled up to a multiple of 8
@@ -62,8 +63,7 @@ def smallest_that_pays():
 
 def pack(model):
     """Packs the linear layers of a model in eval mode, in place, where it was measured to pay and
-    this torch and this CPU can. It does nothing elsewhere, or if the copies would take more than
-    4 GB. -> the model"""
+    torch and CPU can. It does nothing if the copies would take more than 4 GB. -> the model"""
     ops, smallest = torch.ops.mkldnn, smallest_that_pays()
     can = hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
     if smallest is None or not can or not torch.backends.mkldnn.is_available():

@@ -5,7 +5,6 @@ import operator
 import torch
 
 REMASKING = ("low_confidence", "random", "left_to_right")
-SUPPRESS_EOS = (None, "logits", "confidence")
 LOWEST = {"gen_length": 1, "steps": 1, "block_length": 1, "refresh": 1, "window": 0}
 
 def need(good, sentence):
@@ -26,7 +25,22 @@ def loop_settings(loop, given):
         found[key] = value
     return found
 
-def check(config, loops, *, cache, gen_length, steps=None, block_length=None, temperature=0.0,
+def check_lengths(gen_length, steps, block_length, **settings):
+    numbers = dict(gen_length=gen_length, steps=steps, block_length=block_length, **settings)
+    for name, value in numbers.items():
+        low = LOWEST.get(name)
+        need(low is None or type(value) is int and value >= low,
+             f"{name} is {value!r}, and has to be a whole number of at least {low}")
+    need(gen_length % block_length == 0,
+         f"gen_length {gen_length} is not a multiple of block_length {block_length}")
+    blocks = gen_length // block_length
+    need(blocks <= steps <= gen_length,
+         f"steps is {steps}, and has to be between {blocks}, the number of blocks, and "
+         f"{gen_length}, the tokens to generate")
+    need(steps % blocks == 0, f"steps {steps} is not a multiple of the number of blocks, "
+                              f"{gen_length} / {block_length} = {blocks}")
+
+def check(config, loops, /, *, cache, gen_length, steps=None, block_length=None, temperature=0.0,
           remasking=None, cfg_scale=0.0, stop_at_eos=False, suppress_eos=None, order=None,
           **settings):
     """-> all settings of generate and of the loop, defaults filled in. Raises ValueError at the
@@ -37,28 +51,16 @@ def check(config, loops, *, cache, gen_length, steps=None, block_length=None, te
         known = cache == "greedy" or order is not None
         remasking = "random" if known else "low_confidence"
     for name, value, known in (("cache", cache, tuple(loops)), ("remasking", remasking, REMASKING),
-                               ("suppress_eos", suppress_eos, SUPPRESS_EOS)):
+                               ("suppress_eos", suppress_eos, (None, "logits", "confidence"))):
         need(value in known, f"{name} is {value!r}, and has to be one of "
                              f"{', '.join(map(str, known))}")
     settings = loop_settings(loops[cache], settings)
-    numbers = dict(gen_length=gen_length, steps=steps, block_length=block_length, **settings)
-    for name, value in numbers.items():
-        low = LOWEST.get(name)
-        need(low is None or type(value) is int and value >= low,
-             f"{name} is {value!r}, and has to be a whole number of at least {low}")
+    check_lengths(gen_length, steps, block_length, **settings)
     for name, value in (("temperature", temperature), ("cfg_scale", cfg_scale)):
         need(isinstance(value, (int, float)) and 0 <= value <= 1e6,
              f"{name} is {value!r}, and has to be a number from 0 to 1e6")
     for name, value in (("stop_at_eos", stop_at_eos), ("delay", settings.get("delay", True))):
         need(isinstance(value, bool), f"{name} is {value!r}, and has to be True or False")
-    need(gen_length % block_length == 0,
-         f"gen_length {gen_length} is not a multiple of block_length {block_length}")
-    blocks = gen_length // block_length
-    need(blocks <= steps <= gen_length,
-         f"steps is {steps}, and has to be between {blocks}, the number of blocks, and "
-         f"{gen_length}, the tokens to generate")
-    need(steps % blocks == 0, f"steps {steps} is not a multiple of the number of blocks, "
-                              f"{gen_length} / {block_length} = {blocks}")
     need(cache != "greedy" or remasking != "low_confidence",
          "the greedy cache has to know ahead what is revealed next: use remasking random or "
          "left_to_right, or give an order")

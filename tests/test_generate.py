@@ -46,12 +46,13 @@ def test_a_batch_equals_its_prompts_alone_in_low_precision(cache, dtype):
     assert same >= 18 + 36 - 4, f"{same} of 54 tokens are equal"
 
 def test_the_table_of_gains():
-    """Fewer positions, one block, one token a step: the figures that the docs quote."""
     for P, cache, refresh, gain in (
             (128, "decode", 4, 2.25), (128, "decode", 8, 2.85), (128, "decode", 128, 3.79),
             (512, "decode", 8, 4.5), (128, "greedy", 2, 1.95), (512, "greedy", 2, 1.98)):
         found = cache_cost(P) / cache_cost(P, cache=cache, refresh=refresh)
         assert found == pytest.approx(gain, abs=0.05)
+    with pytest.raises(ValueError, match="refresh is 0, and has to be"):
+        cache_cost(9, cache="decode", refresh=0)
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_same_seed_same_output(cache):

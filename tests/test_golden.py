@@ -1,6 +1,4 @@
-"""Traces of the authors' code for LLaDA, matched token by token and position by position.
-
-cut_golden.py made golden.npz; its weights are random, so a wrong K/V shows in the tokens."""
+"""Traces of the authors' code for LLaDA, matched token by token and position by position."""
 import json
 import pathlib
 

@@ -3,9 +3,8 @@ compares the result with that of an unbroken run, bit for bit.
 
 python tests/campaigns/kills.py              20 kills of each kind, some minutes on two cores
 
-Every second training is killed while it saves. The models are random and small. Converting needs
-the package safetensors (requirements-llada.txt). Exit code 1 if a file was lost, a run did not
-resume, or a result is wrong. Linux only."""
+Every second training is killed while it saves. Converting needs safetensors. Exit code 1 if a file
+was lost, a run did not resume, or a result is wrong. Linux only."""
 import argparse
 import collections
 import json
@@ -120,7 +119,6 @@ def check_kill(kind, folder, whole):
 def campaign(kills, seed=0, kinds=COMMANDS):
     """Prints the counts of the kills -> whether there is a fault."""
     home, began, bad = pathlib.Path(tempfile.mkdtemp()), time.time(), False
-    # it computes, and a fork would hang after
     assert wait(fork(lambda: prepare(home, seed), home / "out", home / "err")) == 0, home
     for kind in kinds:
         whole, row = home / f"{kind}-whole", collections.Counter()
