@@ -14,7 +14,8 @@ write their K/V and attend to the whole buffer. A cache is a choice of which pos
 Both caches run everything again every `refresh` steps. "One step ago" is the delay in the name: the
 step that reveals a token still ran it as a mask, so the token is run once more, as itself, and only
 those K/V are kept. The rules are those of the authors' code for LLaDA (horseee/dKV-Cache), and
-tests/test_golden.py replays its traces. The loops differ where two lines "# ----" say so.
+tests/test_golden.py replays its traces. The loops differ where two lines "# ----" say so. caches/
+has the other caches of the field, each a loop of the same shape.
 
 Shapes: B rows, P prompt positions, T = P + gen_length, V = n_vocab. A block of L positions is
 finished before the next one starts. In the loops
@@ -26,11 +27,17 @@ finished before the next one starts. In the loops
     rows  (B, m) where cand are in pos, and so which rows need logits (B, m, V)
     new   (B, k) columns that the step revealed
 
+Under a threshold (support/decoding.py) rows reveal different numbers. Then c is the least that any
+row has revealed, k the most that any may reveal, and a row with less to run than another runs the
+spare column T: it is written, never attended, and never holds a mask. A row whose block is finished
+runs nothing else until the others are done.
+
 The words of the paper and of its code: refresh is cache_reloading_step there, window window_size,
 an order known in advance denoising_index, and unmask_schedule get_num_transfer_tokens.
 """
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
@@ -43,11 +50,12 @@ from support.settings import REMASKING, check, check_lengths, check_prompts, loo
 # the cache, and what the loops work on
 
 class KVCache:
-    """Keys (after RoPE) and values of all layers, (n_layer, B, T, n_kv_head, head_dim), by column.
-    Softmax does not care about the order of its keys, so nothing moves: K/V change in place."""
+    """Keys (after RoPE) and values of all layers, (n_layer, B, T + 1, n_kv_head, head_dim), by
+    column; the last one is the spare column. Softmax does not care about the order of its keys, so
+    nothing moves: K/V change in place."""
     def __init__(self, model, B, T):
         c, w = model.config, model.wte.weight
-        shape = (c.n_layer, B, T, c.n_kv_head, c.head_dim)
+        shape = (c.n_layer, B, T + 1, c.n_kv_head, c.head_dim)
         self.k = torch.empty(shape, dtype=w.dtype, device=w.device)
         self.v = torch.empty(shape, dtype=w.dtype, device=w.device)
         self.row = torch.arange(B, device=w.device)[:, None]                   # (B, 1)
@@ -61,15 +69,23 @@ class KVCache:
             K[:, :k.shape[1]], V[:, :k.shape[1]] = k, v
         else:
             K[self.row, pos], V[self.row, pos] = k, v
-        return K, V
+        return K[:, :self.T], V[:, :self.T]
+
+    def keep(self, rows, B):
+        """Drops all rows of the batch but these, a list; with guidance in both halves of B rows."""
+        if len(rows) < B:
+            both = [half + r for half in range(0, len(self.row), B) for r in rows]
+            self.k, self.v, self.row = self.k[:, both], self.v[:, both], self.row[:len(both)]
 
 @dataclass
 class Batch:
-    x: torch.Tensor             # (B, T) int64 prompts, revealed tokens, masks; unfinished rows only
+    x: torch.Tensor             # (B, T + 1) int64 prompts, revealed tokens, masks, and the spare
+                                # column; unfinished rows only
     P: int                      # prompts are left-padded to this length
     T: int
     L: int                      # block_length
     schedule: list              # [(c, k)] of a block's steps, from unmask_schedule
+    threshold: float | None     # reveal what is as probable as this, instead of the schedule
     config: object              # the model's
     order: torch.Tensor | None  # (B, gen_length) columns in reveal order; None: by confidence
     noise: torch.Tensor | None  # (B, steps, L) uniform draws; None at temperature 0
@@ -80,11 +96,13 @@ class Batch:
     stop_at_eos: bool
     book: batch.Book            # which prompts are left, positions run, on_step
     step: int = 0               # calls of the model so far
+    turn: int = 0               # the step's place in noise
 
 @dataclass
 class Result:
     tokens: list          # per prompt: its ids and the generated ones
     forwards: int         # calls of the model (a call on guidance's doubled rows is one)
+    steps: list           # per prompt: the calls in which it had something to run
     positions_run: list   # per prompt: positions that went through the network, over all steps
     positions_full: list  # the same if every one of those steps had run everything
     seconds: float
@@ -157,24 +175,30 @@ CACHES = tuple(LOOPS)
 def new_cache(model, s):
     return KVCache(model, len(s.x) * (2 if s.cfg_scale else 1), s.T)  # guidance doubles the rows
 
-def first_masks(s, lo, n):
-    """Columns of the first n masks from lo on, ascending, (B, n). All rows have the same number of
-    masks at any time, and the loop knows it: nothing has to be counted on the device."""
-    masked = s.x[:, lo:] == s.config.mask_id                                   # (B, T - lo)
-    return masked.byte().argsort(dim=1, descending=True, stable=True)[:, :n] + lo
+def columns(s, lo, start, end):
+    """Columns start..end-1, (B, end - start); T in rows whose block, the one at lo, is finished."""
+    unfinished = (s.x[:, lo:lo + s.L] == s.config.mask_id).any(1, keepdim=True)
+    return torch.arange(start, end, device=s.x.device).where(unfinished, s.T)
+
+def first_masks(s, lo, n, end=None):
+    """Columns of the first n masks from lo to end (None: T), ascending, (B, n); T fills rows that
+    have fewer. The loop knows the most that a row has: nothing is counted on the device."""
+    end = end or s.T
+    masked = s.x[:, lo:end] == s.config.mask_id                                # (B, end - lo)
+    return columns(s, lo, lo, end).where(masked, s.T).sort(dim=1).values[:, :n].contiguous()
 
 def candidates(s, lo, c, k):
     """Columns where this step may reveal a token, (B, m): the next k of an order that is known
     ahead (m = k), or else all masks of the block."""
     if s.order is not None:
         return s.order[:, lo - s.P + c:lo - s.P + c + k]
-    return first_masks(s, lo, s.L - c)
+    return first_masks(s, lo, s.L - c, lo + s.L)
 
 def nearest_masks(s, cand, window, n_left):
     """Greedy's window: for each target in turn the `window` nearest masks that are not taken yet,
     left before right, across revealed tokens and the end of the block. n_left: masks that are not
     targets. -> (B, k * window), fewer where there are not enough masks"""
-    available = (s.x == s.config.mask_id).scatter(1, cand, False)              # (B, T)
+    available = (s.x[:, :s.T] == s.config.mask_id).scatter(1, cand, False)     # (B, T)
     column, near = torch.arange(s.T, device=s.x.device), []
     for target in cand.split(1, dim=1):                                        # (B, 1)
         n = min(window, n_left)
@@ -187,15 +211,18 @@ def nearest_masks(s, cand, window, n_left):
         available = available.scatter(1, near[-1], False)
     return torch.cat(near, 1)
 
-def forward(model, s, pos, rows, cache):
-    """Runs columns pos (B, n) -> the float32 logits of `rows` (B, m) among them, (B, m, V). With
-    guidance the batch is doubled, the second half with its prompt masked (LLaDA's generate.py)."""
-    x, pad = (s.x if pos is None else s.x.gather(1, pos)), s.pad               # (B, n)
+def forward(model, s, pos, rows, cache, seen=None):
+    """Runs columns pos (B, n) -> the float32 logits of `rows` (B, m) among them, (B, m, V). seen
+    (B, T) bool: the columns that are attended, None: all. With guidance the batch is doubled, the
+    second half with its prompt masked (LLaDA's generate.py)."""
+    x, pad = (s.x[:, :s.T] if pos is None else s.x.gather(1, pos)), s.pad      # (B, n)
+    rows = rows.clamp(max=x.shape[1] - 1)  # of a spare candidate, T, any row will do
     if s.cfg_scale:
         column = torch.arange(s.T, device=x.device)[None] if pos is None else pos
         x = torch.cat([x, x.masked_fill(column < s.P, s.config.mask_id)])
-        pos, rows, pad = (t if t is None else torch.cat([t, t]) for t in (pos, rows, pad))
-    logits = model(x, pos, cache, rows, pad)
+        pos, rows, pad, seen = (t if t is None else torch.cat([t, t])
+                                for t in (pos, rows, pad, seen))
+    logits = model(x, pos, cache, rows, pad, seen)
     # rows of the head without a token are never emitted, nor is the mask
     logits = logits[..., :s.config.n_vocab]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -209,18 +236,27 @@ def forward(model, s, pos, rows, cache):
 # --------------------------------------------------------------------------------------------------
 # the entry
 
+def find(table, cache):
+    """LOOPS or COSTS: this file's, or for another cache those of caches/."""
+    if cache in CACHES:
+        return globals()[table]
+    import caches  # here, because caches/ imports this file
+    return getattr(caches, table)
+
 @torch.inference_mode()
 def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_length=None,
-             temperature=0.0, remasking=None, cfg_scale=0.0, stop_at_eos=False, suppress_eos=None,
-             order=None, generator=None, on_step=None, **settings):
+             threshold=None, temperature=0.0, remasking=None, cfg_scale=0.0, stop_at_eos=False,
+             suppress_eos=None, order=None, generator=None, on_step=None, **settings):
     """Generates gen_length tokens after each prompt -> Result. Arguments that cannot work raise a
     ValueError of one sentence.
 
     prompts      list of lists of ids, of any lengths; each is answered as if it were alone
-    cache        "none", "decode" or "greedy"
+    cache        "none", "decode", "greedy", or one of caches/
     gen_length   tokens to generate
     steps        denoising steps over all blocks; None: gen_length
     block_length tokens of a block; None: gen_length
+    threshold    instead of steps: each step reveals the tokens of the block whose probability at
+                 temperature 1 reaches it, and always the most probable one
     temperature  0: the most probable token
     remasking    which tokens come first: "low_confidence" (the default of none and decode),
                  "random" (the default of greedy) or "left_to_right"; greedy cannot use the first
@@ -233,48 +269,50 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
     on_step      called after each step with (step, tokens (B, T) int64, run (B, T) bool, revealed
                  (B, T) bool); columns count from each prompt's own start, and -1 and False fill
                  the end of shorter rows
-    **settings   those of the loop; None means the default
+    **settings   those of the loop, as in its signature; None means the default
                  refresh  run everything every so many steps of a block (decode 8, greedy 2, as in
                           the paper); a block's steps or more: never
                  window   masks that greedy runs around each token that it reveals (4)
                  delay    False: keep the K/V of the step that revealed the token (to see why not)
     """
     began = time.perf_counter()
-    how = check(model.config, LOOPS, cache=cache, gen_length=gen_length, steps=steps,
-                block_length=block_length, temperature=temperature, remasking=remasking,
-                cfg_scale=cfg_scale, stop_at_eos=stop_at_eos, suppress_eos=suppress_eos,
-                order=order, **settings)
+    loops = find("LOOPS", cache)
+    how = check(model.config, loops, cache=cache, gen_length=gen_length, steps=steps,
+                block_length=block_length, threshold=threshold, temperature=temperature,
+                remasking=remasking, cfg_scale=cfg_scale, stop_at_eos=stop_at_eos,
+                suppress_eos=suppress_eos, order=order, **settings)
     prompts = check_prompts(model.config, prompts, gen_length)
     s = Batch(**batch.start(model, prompts, how, order, generator, on_step))
-    loop = LOOPS[cache]
-    loop(model, s, **loop_settings(loop, settings))
-    tokens = batch.read_out(s)  # waits for the device
-    seconds = time.perf_counter() - began
-    return Result(tokens, s.step, s.book.run, s.book.full, seconds)
+    loops[cache](model, s, **loop_settings(loops[cache], settings))
+    counts = batch.read_out(s)  # waits for the device
+    return Result(forwards=s.step, seconds=time.perf_counter() - began, **counts)
 
-# positions of T that step i runs: m masks are left, k are revealed in it, `ago` one step before
+# positions that a step runs. `at` has the letters of the top, the block's schedule, m masks that
+# are left, and how many tokens were revealed one step `ago`
 COSTS = {
-    "none": lambda T, m, i, k, ago: T,
-    "decode": lambda T, m, i, k, ago, refresh, delay:
-        T if i < 2 or i % refresh == 0 else m + delay * ago,
-    "greedy": lambda T, m, i, k, ago, refresh, window, delay:
-        T if i % refresh == 0 else k + delay * ago + min(k * window, m - k),
+    "none": lambda at: at.T,
+    "decode": lambda at, refresh, delay:
+        at.T if at.i < 2 or at.i % refresh == 0 else at.m + delay * at.ago,
+    "greedy": lambda at, refresh, window, delay:
+        at.T if at.i % refresh == 0 else at.k + delay * at.ago + min(at.k * window, at.m - at.k),
 }
 
 def cache_cost(prompt_len, gen_length=128, steps=None, block_length=None, cache="none",
-               **settings):
+               threshold=None, **settings):
     """Positions that one prompt runs, in closed form. Result.positions_run has to equal it, and
     with stop_at_eos to be at most that. settings: those of the loop, as in generate."""
-    if cache not in COSTS:
-        raise ValueError(f"there is no closed form for cache {cache!r}: it has to be one of "
-                         f"{', '.join(COSTS)}")
-    settings = loop_settings(LOOPS[cache], settings)
+    costs, loops = find("COSTS", cache), find("LOOPS", cache)
+    if threshold is not None or cache not in costs:
+        what = "a threshold" if threshold is not None else f"cache {cache!r}"
+        raise ValueError(f"there is no closed form for {what}: there is one, without a threshold, "
+                         f"for {', '.join(find('COSTS', None))}")
+    settings = loop_settings(loops[cache], settings)
     steps, L, T = steps or gen_length, block_length or gen_length, prompt_len + gen_length
     check_lengths(gen_length, steps, L, **settings)
-    total = 0
+    schedule, total = unmask_schedule(L, steps * L // gen_length), 0
     for lo in range(prompt_len, T, L):
-        ago = 0
-        for i, (c, k) in enumerate(unmask_schedule(L, steps * L // gen_length)):
-            total += COSTS[cache](T, T - lo - c, i, k, ago, **settings)
-            ago = k
+        for i, (c, k) in enumerate(schedule):
+            at = SimpleNamespace(P=prompt_len, T=T, L=L, lo=lo, i=i, c=c, k=k, m=T - lo - c,
+                                 ago=schedule[i - 1][1] if i else 0, schedule=schedule)
+            total += costs[cache](at, **settings)
     return total

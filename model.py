@@ -161,7 +161,7 @@ class DiffusionLM(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
-    def forward(self, tokens, pos=None, cache=None, rows=None, pad=None):
+    def forward(self, tokens, pos=None, cache=None, rows=None, pad=None, seen=None):
         """Runs the given positions and returns logits.
 
         tokens (B, n) int64     ids of the active positions
@@ -171,6 +171,7 @@ class DiffusionLM(nn.Module):
         rows   (B, m) int64     which of the n rows need logits; None means all
         pad    (B,) int64       left padding of each row: never attended, and rotary positions count
                                 from its end, so that a padded row computes what it would alone
+        seen   (B, T) bool      the positions that are attended; None means all
         -> (B, m, V), in the dtype of the weights
         """
         B, n = tokens.shape
@@ -181,8 +182,11 @@ class DiffusionLM(nn.Module):
         where = torch.arange(n, device=device)[None] if pos is None else pos   # (B or 1, n)
         if pad is not None:
             keys = where if cache is None else torch.arange(cache.T, device=device)[None]
-            mask = (keys >= pad[:, None])[:, None, None, :]                    # (B, 1, 1, T)
+            mask = keys >= pad[:, None]                                        # (B, T)
             where = (where - pad[:, None]).clamp(min=0)                        # (B, n)
+        if seen is not None:
+            mask = seen if mask is None else mask & seen
+        mask = mask if mask is None else mask[:, None, None]                   # (B, 1, 1, T)
         cos_sin = rope(where, self.config.head_dim, self.config.rope_theta)    # (B or 1, n, 1, hs)
         x = self.wte(tokens)                                                   # (B, n, C)
         for i, block in enumerate(self.blocks):

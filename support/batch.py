@@ -10,17 +10,18 @@ from support.settings import check_generators, check_order
 
 @dataclass
 class Book:
-    out: torch.Tensor  # (all prompts, T) like Batch.x, finished ones included
-    live: list         # which prompts Batch.x holds
-    pads: list         # left padding of every prompt
-    run: list          # positions run so far, per prompt
-    full: list         # positions that running everything would have taken
+    out: torch.Tensor    # (all prompts, T + 1) like Batch.x, finished ones included
+    live: torch.Tensor   # (B,) which prompts Batch.x holds
+    pads: torch.Tensor   # left padding of every prompt
+    run: torch.Tensor    # positions run so far, per prompt
+    steps: torch.Tensor  # steps in which it had something to run
     on_step: object
 
 def start(model, prompts, how, order, generator, on_step):
     """-> the fields of a Batch. how: what settings.check returns."""
     config, device = model.config, model.wte.weight.device
-    B, G, L, steps = len(prompts), how["gen_length"], how["block_length"], how["steps"]
+    B, G, L = len(prompts), how["gen_length"], how["block_length"]
+    steps = how["steps"] or G  # under a threshold there is none, and G are the most
     P = max(map(len, prompts))
     pads = [P - len(p) for p in prompts]
     given = check_generators(generator, B)
@@ -41,15 +42,17 @@ def start(model, prompts, how, order, generator, on_step):
     if how["temperature"]:
         noise = torch.stack([torch.rand(steps, L, generator=g) for g in rngs]).to(device)
 
-    masks = [config.mask_id] * G
-    x = torch.tensor([p[:1] * pad + p + masks for p, pad in zip(prompts, pads)], device=device)
+    masks = [config.mask_id] * G  # the first token stands in the padding and in the spare column
+    x = torch.tensor([p[:1] * pad + p + masks + p[:1] for p, pad in zip(prompts, pads)],
+                     device=device)
     out = x.clone() if how["stop_at_eos"] else x  # else the same tensor: no row leaves
-    same = ("temperature", "cfg_scale", "suppress_eos", "stop_at_eos")
+    pad, live = torch.tensor(pads, device=device), torch.arange(B, device=device)
+    same = ("threshold", "temperature", "cfg_scale", "suppress_eos", "stop_at_eos")
     return dict(x=x, P=P, T=P + G, L=L, config=config, noise=noise,
                 schedule=unmask_schedule(L, steps * L // G),
                 order=None if columns is None else torch.as_tensor(columns, device=device),
-                pad=torch.tensor(pads, device=device) if any(pads) else None,
-                book=Book(out, list(range(B)), pads, [0] * B, [0] * B, on_step),
+                pad=pad if any(pads) else None,
+                book=Book(out, live, pad, *x.new_zeros(2, B), on_step),
                 **{name: how[name] for name in same})
 
 def own_generator(g):
@@ -62,39 +65,45 @@ def own_generator(g):
 def record(s, pos, new):
     """Counts the positions run, and shows the step to on_step. pos (B, n) or None, new (B, k)."""
     s.step += 1
-    for j in s.book.live:
-        length = s.T - s.book.pads[j]
-        s.book.full[j] += length
-        s.book.run[j] += length if pos is None else pos.shape[1]
-    if s.book.on_step:
-        device = s.x.device
-        live = torch.tensor(s.book.live, device=device)
-        tokens = s.book.out.index_copy(0, live, s.x)                           # (all prompts, T)
-        run, revealed = torch.zeros(2, *tokens.shape, dtype=torch.bool, device=device)
-        run[live] = True if pos is None else run[live].scatter(1, pos, True)
+    book, live = s.book, s.book.live
+    if pos is None:
+        pos = torch.arange(s.T, device=s.x.device).expand(len(s.x), -1)        # (B, T)
+    if s.threshold is not None:  # a row that reveals nothing waits for the others
+        pos = pos.masked_fill((new == s.T).all(1, keepdim=True), s.T)
+    ran = ((pos >= book.pads[live, None]) & (pos < s.T)).sum(1)                # (B,)
+    book.run.index_add_(0, live, ran)
+    book.steps.index_add_(0, live, ran.sign())
+    if book.on_step:
+        tokens = book.out.index_copy(0, live, s.x)                             # (all, T + 1)
+        run, revealed = torch.zeros(2, *tokens.shape, dtype=torch.bool, device=s.x.device)
+        run[live] = run[live].scatter(1, pos, True)
         revealed[live] = revealed[live].scatter(1, new, True)
         # columns of the padded batch -> columns of each prompt, -1 and False after its end
-        pads = torch.tensor(s.book.pads, device=device)[:, None]
-        column = torch.arange(s.T, device=device) + pads
+        column = torch.arange(s.T, device=s.x.device) + book.pads[:, None]
         end, column = column >= s.T, column.clamp(max=s.T - 1)
         tokens, run, revealed = (t.gather(1, column) for t in (tokens, run, revealed))
-        s.book.on_step(s.step - 1, tokens.masked_fill(end, -1), run & ~end, revealed & ~end)
+        book.on_step(s.step - 1, tokens.masked_fill(end, -1), run & ~end, revealed & ~end)
 
 def end_block(s, lo):
-    """With stop_at_eos, prompts whose block contains EOS get EOS in the rest and leave the batch:
-    the one place where a loop waits for the device. -> whether anything is left to do"""
+    """With stop_at_eos, prompts whose block contains EOS get EOS in the rest and leave the batch,
+    which waits for the device. -> a list of the rows that stay. A cache that outlives the block has
+    to drop the others."""
+    stay = list(range(len(s.x)))
     if s.stop_at_eos:
         hi = lo + s.L
         done = (s.x[:, lo:hi] == s.config.eos_id).any(1)                       # (B,)
         s.x[:, hi:] = s.x[:, hi:].masked_fill(done[:, None], s.config.eos_id)
-        keep = (~done).nonzero().flatten()
-        if len(keep) < len(s.book.live) or hi == s.T:
+        stay = (~done).nonzero().flatten().tolist()
+        if len(stay) < len(s.x) or hi == s.T:
             s.book.out[s.book.live] = s.x
-            s.x, s.book.live = s.x[keep], [s.book.live[r] for r in keep.tolist()]
-            s.pad, s.order, s.noise = (t if t is None else t[keep]
-                                       for t in (s.pad, s.order, s.noise))
-    return len(s.book.live) > 0
+            s.x, s.book.live, s.pad, s.order, s.noise = (
+                t if t is None else t[stay] for t in (s.x, s.book.live, s.pad, s.order, s.noise))
+    return stay
 
 def read_out(s):
-    """-> the ids of every prompt, without padding."""
-    return [row[pad:] for row, pad in zip(s.book.out.tolist(), s.book.pads)]
+    """-> the fields of a Result that lie on the device, without padding."""
+    book = s.book
+    out, pads, run, steps = (t.tolist() for t in (book.out, book.pads, book.run, book.steps))
+    full = [n * (s.T - pad) for n, pad in zip(steps, pads)]
+    return dict(tokens=[row[pad:s.T] for row, pad in zip(out, pads)], steps=steps,
+                positions_run=run, positions_full=full)

@@ -1,5 +1,8 @@
 """The other axis: which tokens a step proposes, and which of them it reveals. The loops choose the
 positions that run; what is here knows nothing of caches."""
+import itertools
+import math
+
 import torch
 
 def unmask_schedule(L, steps):
@@ -9,21 +12,41 @@ def unmask_schedule(L, steps):
     return [(sum(ks[:i]), k) for i, k in enumerate(ks)]
 
 def steps(s, lo):
-    """The steps of the block at column lo -> i, c tokens revealed before it, k revealed in it."""
-    for i, (c, k) in enumerate(s.schedule):
-        yield i, c, k
+    """The steps of the block at column lo -> i, c tokens revealed before it, k revealed in it.
+    Under a threshold the block ends when no row has a mask in it; c is the least that any row has
+    revealed, k the most that any may reveal. Counting them waits for the device."""
+    if s.threshold is None:
+        for i, (c, k) in enumerate(s.schedule):
+            s.turn = s.step
+            yield i, c, k
+        return
+    for i in itertools.count():
+        masked = s.x[:, lo:lo + s.L] == s.config.mask_id                       # (B, L)
+        if not (left := int(masked.sum(1).max())):
+            return
+        s.turn = lo - s.P + i  # the same in a batch as alone
+        yield i, s.L - left, left
 
 def reveal(s, lo, cand, k, logits):
     """Writes k tokens into s.x: all candidates where the order is known ahead, else the most
-    confident ones. cand (B, m), logits (B, m, V) -> the columns that were revealed (B, k)."""
+    confident ones, under a threshold those that reach it and always the first.
+    cand (B, m), logits (B, m, V) -> the columns that were revealed (B, k), the most confident
+    first, and T where a row reveals fewer than another."""
     if s.suppress_eos == "logits":
         logits[..., s.config.eos_id] = -torch.inf
-    drawn = draw(s, cand - lo, logits) if s.temperature else None              # (B, m)
+    drawn = draw(s, (cand - lo).clamp(max=s.L - 1), logits) if s.temperature else None   # (B, m)
     if s.order is None:
-        score = confidence(s, logits, drawn)
-        best = score.argsort(dim=1, descending=True, stable=True)[:, :k]       # ties: the leftmost
+        score = confidence(s, logits, drawn).masked_fill(cand == s.T, -torch.inf)
+        score, best = score.sort(dim=1, descending=True, stable=True)          # ties: the leftmost
+        if s.threshold is not None:
+            sure = score >= math.log(s.threshold)
+            sure[:, 0] = True
+            k = int(sure.sum(1).max())
+        best = best[:, :k]
         cand, logits = cand.gather(1, best), logits.take_along_dim(best[..., None], 1)
         drawn = drawn if drawn is None else drawn.gather(1, best)
+        if s.threshold is not None:
+            cand = cand.where(sure[:, :k], s.T)
     s.x.scatter_(1, cand, logits.argmax(-1) if drawn is None else drawn)
     return cand
 
@@ -31,7 +54,7 @@ def draw(s, column, logits):
     """Samples a token for each of logits (B, m, V) at columns (B, m) of the block -> (B, m).
     Inverse-CDF sampling with a uniform draw fixed per prompt, step and column: the draw depends
     neither on the batch nor on the cache."""
-    u = s.noise[:, s.step].gather(1, column)                                   # (B, m)
+    u = s.noise[:, s.turn].gather(1, column)                                   # (B, m)
     scaled = (logits.double() - logits.amax(-1, keepdim=True)) / s.temperature
     cdf = scaled.softmax(-1).cumsum(-1)                                        # (B, m, V)
     at = (u * cdf[..., -1])[..., None]

@@ -5,7 +5,8 @@ import operator
 import torch
 
 REMASKING = ("low_confidence", "random", "left_to_right")
-LOWEST = {"gen_length": 1, "steps": 1, "block_length": 1, "refresh": 1, "window": 0}
+LOWEST = {"gen_length": 1, "steps": 1, "block_length": 1, "refresh": 1, "window": 0, "active": 1,
+          "recent": 0}
 
 def need(good, sentence):
     if not good:
@@ -26,7 +27,8 @@ def loop_settings(loop, given):
     return found
 
 def check_lengths(gen_length, steps, block_length, **settings):
-    numbers = dict(gen_length=gen_length, steps=steps, block_length=block_length, **settings)
+    given = {name: value for name, value in settings.items() if value is not None}
+    numbers = dict(gen_length=gen_length, steps=steps, block_length=block_length, **given)
     for name, value in numbers.items():
         low = LOWEST.get(name)
         need(low is None or type(value) is int and value >= low,
@@ -40,11 +42,13 @@ def check_lengths(gen_length, steps, block_length, **settings):
     need(steps % blocks == 0, f"steps {steps} is not a multiple of the number of blocks, "
                               f"{gen_length} / {block_length} = {blocks}")
 
-def check(config, loops, /, *, cache, gen_length, steps=None, block_length=None, temperature=0.0,
-          remasking=None, cfg_scale=0.0, stop_at_eos=False, suppress_eos=None, order=None,
-          **settings):
+def check(config, loops, /, *, cache, gen_length, steps=None, block_length=None, threshold=None,
+          temperature=0.0, remasking=None, cfg_scale=0.0, stop_at_eos=False, suppress_eos=None,
+          order=None, **settings):
     """-> all settings of generate and of the loop, defaults filled in. Raises ValueError at the
     first one that cannot work. loops: {name of a cache: its loop}"""
+    need(threshold is None or steps is None,
+         f"steps is {steps}, and has no effect with a threshold: leave one of them out")
     steps = gen_length if steps is None else steps
     block_length = gen_length if block_length is None else block_length
     if remasking is None:
@@ -59,17 +63,40 @@ def check(config, loops, /, *, cache, gen_length, steps=None, block_length=None,
     for name, value in (("temperature", temperature), ("cfg_scale", cfg_scale)):
         need(isinstance(value, (int, float)) and 0 <= value <= 1e6,
              f"{name} is {value!r}, and has to be a number from 0 to 1e6")
+    tau = settings.get("tau", 0)
+    need(isinstance(tau, (int, float)) and tau == tau,
+         f"tau is {tau!r}, and has to be a number, of nats")
+    need(threshold is None or isinstance(threshold, (int, float)) and 0 < threshold <= 1,
+         f"threshold is {threshold!r}, and has to be a probability above 0 and at most 1")
     for name, value in (("stop_at_eos", stop_at_eos), ("delay", settings.get("delay", True))):
         need(isinstance(value, bool), f"{name} is {value!r}, and has to be True or False")
+    need(threshold is None or cache != "greedy",
+         "the greedy cache has to know ahead what is revealed next, which under a threshold nobody "
+         "knows: use another cache, or leave out the threshold")
+    need(threshold is None or remasking == "low_confidence" and order is None,
+         "a threshold reveals the most confident tokens first: leave out the order, and any "
+         "remasking but low_confidence")
     need(cache != "greedy" or remasking != "low_confidence",
          "the greedy cache has to know ahead what is revealed next: use remasking random or "
          "left_to_right, or give an order")
+    # caches that run only the first masks of the block can reveal only those
+    name, first = next(((n, settings[n]) for n in ("active", "window")
+                        if cache in ("window", "entropy") and n in settings), (None, None))
+    if first is not None:
+        most = -(-gen_length // steps)
+        need(first >= 1 and (threshold is not None or most <= first),
+             f"the {cache} cache runs the first {first} masks ({name}), and a step reveals {most} "
+             f"tokens: give more steps, or a larger {name}")
+        need(remasking in ("low_confidence", "left_to_right"),
+             f"the {cache} cache runs the first {first} masks ({name}), and an order may start "
+             "anywhere: use remasking low_confidence or left_to_right")
     need(order is None or remasking == "random",
          f"an order is given, so remasking {remasking!r} cannot decide: leave it out")
     need(config.eos_id is not None or not (stop_at_eos or suppress_eos),
          "this model has no eos_id, so stop_at_eos and suppress_eos cannot work")
-    return dict(cache=cache, gen_length=gen_length, steps=steps, block_length=block_length,
-                temperature=temperature, remasking=remasking, cfg_scale=cfg_scale,
+    return dict(cache=cache, gen_length=gen_length, block_length=block_length, threshold=threshold,
+                steps=steps if threshold is None else None, temperature=temperature,
+                remasking=remasking, cfg_scale=cfg_scale,
                 stop_at_eos=stop_at_eos, suppress_eos=suppress_eos, **settings)
 
 def int_lists(name, lists):
