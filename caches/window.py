@@ -14,13 +14,13 @@ def generate_window(model, s, refresh=32, window=64, active=16):
     for lo in range(s.P, s.T, s.L):
         cache, seen = new_cache(model, s), None
         for i, c, k in steps(s, lo):
+            cand = candidates(s, lo, c, k)
             # ------------------------------------------------- which positions run, which are seen
             if i % refresh == 0:  # all
-                cand = candidates(s, lo, c, k)
                 pos, rows, seen = None, cand, None
             else:  # the first masks, and what the phase has revealed
                 masks = first_masks(s, lo, min(active, s.T - lo - c))
-                cand = first_masks(s, lo, min(active, s.L - c), lo + s.L)
+                cand = cand[:, :active].contiguous()
                 pos, rows = torch.cat([masks, *phase], 1), torch.searchsorted(masks, cand)
             # -------------------------------------------------
             logits = forward(model, s, pos, rows, cache, seen)

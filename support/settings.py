@@ -66,7 +66,8 @@ def check(config, loops, /, *, cache, gen_length, steps=None, block_length=None,
     tau = settings.get("tau", 0)
     need(isinstance(tau, (int, float)) and tau == tau,
          f"tau is {tau!r}, and has to be a number, of nats")
-    need(threshold is None or isinstance(threshold, (int, float)) and 0 < threshold <= 1,
+    need(threshold is None or isinstance(threshold, float | int) and threshold is not True
+         and 0 < threshold <= 1,
          f"threshold is {threshold!r}, and has to be a probability above 0 and at most 1")
     for name, value in (("stop_at_eos", stop_at_eos), ("delay", settings.get("delay", True))):
         need(isinstance(value, bool), f"{name} is {value!r}, and has to be True or False")

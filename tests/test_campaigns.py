@@ -22,7 +22,7 @@ def test_a_slice(name, n, capfd):
     assert not faults and f"{name}: {n} " in out, out + err
 
 @pytest.mark.parametrize("broken", [
-    lambda real, args, how: real(*args, **how | {"delay": how["cache"] == "none" and None}),
+    lambda real, args, how: real(*args, **how | dict.fromkeys({"delay"} & {*how}, False)),
     lambda real, args, how: real(*args, **how | {"generator": None}),
     lambda real, args, how: real(args[0], args[1][::-1], **how)])
 def test_generate_sees_faults(broken, monkeypatch, capfd):

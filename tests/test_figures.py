@@ -36,7 +36,7 @@ def test_settling_by_hooks_on_the_projections(tmp_path):
     model, (ids, *_) = toy(tmp_path / "a.pt", n_layer=2)
     values, offsets, counts = figures.settling(model, ids)
     tokens, _, decoded, *_ = figures.trace(model, ids, cache="none")
-    final = generate(model, [ids], **figures.settings(model)).tokens[0]
+    final = generate(model, [ids], **figures.settings(model, {})).tokens[0]
     assert (tokens[0] == 257).nonzero().flatten().tolist() == [*range(len(ids), len(final))]
     assert (tokens[-1].where(~decoded[-1], torch.tensor(final))).tolist() == final
     for i, block in enumerate(model.blocks):
@@ -97,7 +97,7 @@ def test_measuring(tmp_path, monkeypatch):
     assert all(row["gain"] > 0 and row["seconds"] > 0 for row in length)
     named = {(row["run"], row["total_length"]) for row in length if row["predicted"] >= 1}
     assert named == {(name, n) for n in (16, 32)
-                     for name in ("none", "decode 8", "greedy 8", "greedy never")}
+                     for name in ("none", "decode 8", "greedy 8", "dual", "local")}
     refused(figures.main, [*ask, "watch", "--n", 1], "--n 2")
 
 def test_drawing(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Traces of the authors' code for LLaDA, matched token by token and position by position."""
+"""Traces of published code for LLaDA, matched token by token and position by position."""
 import json
 import pathlib
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from caches import COSTS
 from dkv_min import cache_cost, generate
 from model import DiffusionLM, load
 from scripts.convert import convert, read_config, their_names
@@ -33,37 +34,43 @@ def golden_model(folder, kind):
 def llada(request, tmp_path_factory):
     return golden_model(tmp_path_factory.mktemp("golden"), request.param)
 
-def settings(case):
-    """generate's: those that its cost depends on, and all."""
-    a, cache = case["args"], case["algorithm"].replace("baseline", "none")
-    how = dict(cache=cache, **{k: a[k] for k in ("steps", "gen_length", "block_length")})
-    how |= {} if cache == "none" else dict(refresh=a["cache_reloading_step"])
-    how |= dict(window=a["window_size"]) if cache == "greedy" else {}
-    order = case["order"] and [sum(blocks, []) for blocks in zip(*case["order"])]
-    return how, dict(how, order=order, cfg_scale=a["cfg_scale"])
+def spied(llada, note):
+    """The model. note gets the arguments of every call."""
+    def spy(*args):
+        note(*args)
+        return llada(*args)
+    spy.config, spy.wte = llada.config, llada.wte
+    return spy
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_step(llada, name):
-    """Tokens, positions run and positions revealed."""
-    case = CASES[name]
-    (how, everything), G = settings(case), case["args"]["gen_length"]
+    """Tokens, and the positions that are run, attended and revealed."""
+    case, how, hidden = CASES[name], CASES[name]["how"], []
+    P, G = len(case["prompt"][0]), how["gen_length"]
     x = torch.tensor([p + [llada.config.mask_id] * G for p in case["prompt"]])
-    expected, T = iter(case["steps"]), x.shape[1]
+    every, count = list(range(P + G)), [0] * len(x)
+    expected = iter(case["steps"])
+
+    def note(tokens, pos, cache, rows, pad, seen):
+        hidden.append([] if seen is None else (~seen).nonzero()[:, 1].tolist())
 
     def on_step(step, tokens, run, revealed):
         s = next(expected)
+        assert hidden[step] == sum(s.get("unseen", []), []), f"not attended in step {step}"
         for row, transfers in enumerate(s["transfers"]):
             for position, token in transfers:
                 x[row, position] = token
             new = [position for position, _ in transfers]
             assert revealed[row].nonzero().flatten().tolist() == new, f"revealed in step {step}"
-            fed = s["fed"][row] if s["fed"] else list(range(T))
+            fed = s["fed"][row] if "fed" in s else every
             assert run[row].nonzero().flatten().tolist() == fed, f"run in step {step}"
+            count[row] += len(fed)
         assert torch.equal(tokens.cpu(), x), f"tokens after step {step}"
-    result = generate(llada, case["prompt"], on_step=on_step, **everything)
-    assert next(expected, None) is None and result.forwards == len(case["steps"])
-    assert result.tokens == case["final"]
-    assert result.positions_run == [cache_cost(T - G, **how)] * len(x)
+    r = generate(spied(llada, note), case["prompt"], on_step=on_step, order=case["order"], **how)
+    assert next(expected, None) is None and r.tokens == case["final"] and r.positions_run == count
+    assert r.forwards == len(case["steps"]) and r.steps == [r.forwards] * len(x)
+    if how["cache"] in COSTS and "threshold" not in how:
+        assert count[0] == cache_cost(P, **{k: v for k, v in how.items() if k != "cfg_scale"})
 
 def check_logits(got, key):
     expected = torch.from_numpy(DATA["logits." + key]).to(got.dtype)
@@ -73,20 +80,18 @@ def check_logits(got, key):
 def test_plain_forward(llada, case):
     check_logits(llada(torch.tensor(case["input_ids"])), case["logits"])
 
-@pytest.mark.parametrize("name", [n for n in CASES if CASES[n]["step_logits_keys"]])
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n]["logits"]])
 def test_logits_of_cached_steps(llada, name):
     """At all positions that a step runs, not only at those that it can reveal."""
     steps, case = [], CASES[name]
 
-    def spy(tokens, pos=None, cache=None, rows=None, pad=None):
-        logits = llada(tokens, pos, cache, None, pad)
+    def note(tokens, pos, cache, rows, pad, seen):
+        logits = llada(tokens, pos, cache, None, pad, seen)
         steps.append(logits if pos is None else logits.take_along_dim(pos.argsort(1)[..., None], 1))
-        return logits if rows is None else logits.take_along_dim(rows[..., None], 1)
-    spy.config, spy.wte = llada.config, llada.wte
-    generate(spy, case["prompt"], **settings(case)[1])
-    for step, key in case["step_logits_keys"].items():
+    generate(spied(llada, note), case["prompt"], order=case["order"], **case["how"])
+    for step, key in case["logits"].items():
         logits = steps[int(step)]
-        if scale := case["args"]["cfg_scale"]:
+        if scale := case["how"].get("cfg_scale"):
             logits, free = logits.chunk(2)
             logits = free + (scale + 1) * (logits - free)
         check_logits(logits, key)

@@ -147,14 +147,14 @@ def test_the_answers_of_several_processes_are_those_of_one(job, tmp_path, n, slo
     path = tmp_path / "a.jsonl"
     here = f"""if calls == 1:
         wait(lambda log: len({{line[0] for line in log}}) == {n})
-        wait(lambda log: rank != {slow} or len(log) == 16)"""
+        wait(lambda log: rank != {slow} or len(log) == 61)"""
     codes, out, err = forked(n, "sample.py", *job[0], "--out", path, cwd=tmp_path,
                              patch=WAIT.replace("HERE", here))
     assert codes == [0] * n and out == [f"{path}: 11 prompts answered\n"] + [""] * (n - 1), err
-    assert answers(path) == job[1] and len(job[1]) == 33
+    assert answers(path) == job[1] and len(job[1]) == 11 * 12
     ran = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
-    assert sum(int(rows) for _, rows, _ in ran) == 11 * 3, "each prompt once, with each cache"
-    assert [rank for rank, *_ in ran].count(str(slow)) == 3, "nobody waits for the slow one"
+    assert sum(int(rows) for _, rows, _ in ran) == 11 * 12, "each prompt once, with each cache"
+    assert [rank for rank, *_ in ran].count(str(slow)) == 12, "nobody waits for the slow one"
     codes, out, _ = forked(2, "sample.py", *job[0], "--out", path)  # all of it is there
     assert codes == [0, 0] and out[0].endswith("11 of them before\n") and answers(path) == job[1]
     assert {p.name for p in tmp_path.iterdir()} == {"a.jsonl", "log"}, "a lock was left"
@@ -163,8 +163,8 @@ def test_the_answers_of_several_processes_are_those_of_one(job, tmp_path, n, slo
 def test_answers_resume_after_a_dead_process(job, tmp_path, victim):
     """It dies in its second batch, while the other one is in its own."""
     path = tmp_path / "a.jsonl"
-    here = f"""if calls == 4:
-        wait(lambda log: sum(line.endswith(' 4') for line in log) == 2)
+    here = f"""if calls == 13:
+        wait(lambda log: sum(line.endswith(' 13') for line in log) == 2)
         os.kill(os.getpid(), signal.SIGKILL) if rank == {victim} else time.sleep(100)"""
     codes, out, err = forked(2, "sample.py", *job[0], "--out", path, cwd=tmp_path,
                              patch=WAIT.replace("HERE", here))

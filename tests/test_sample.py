@@ -17,14 +17,18 @@ from conftest import ROOT, forked, random_model
 from filelock import FileLock
 
 import sample as s
+from caches import CACHES, LOOPS
+from dkv_min import generate
 from model import load, save
 from support.cli import fetch, launch
 from support.evaluate import encode
-from support.prompts import N_DEMO
+from support.prompts import N_DEMO, draws
+from support.settings import loop_settings
 from support.tokenizer import PATTERN, Tokenizer
 
 QUESTION = "Anna has 3 boxes of 4 pens. Monday she loses 5. How many pens are left?"
 TINY = ROOT / "checkpoints" / "tiny.pt"
+ALL = [cache for cache in CACHES for _ in range(1 + (cache == "freecache"))]  # and with the delay
 
 def sample(*flags, code=0, **how):
     [found], [out], [err] = forked(1, "sample.py", *flags, **how)
@@ -59,40 +63,59 @@ def test_no_flags(tmp_path):
     assert len(p.out.splitlines()) <= 20 and TINY.stat().st_size <= 8e6
     assert p.out.startswith(problems[0][0] + "\n") and problems[1][0] not in p.out
     rows = [re.split(r" {2,}", line.strip()) for line in p.out.split("\n\n")[-1].splitlines()[2:]]
-    assert [row[:4] for row in rows] == [
-        ["none", "low_confidence", "-", "64"], ["decode", "low_confidence", "8", "64"],
-        ["none", "left_to_right", "-", "64"], ["greedy", "left_to_right", "2", "64"],
-        ["none", "low_confidence", "-", "32"]]
+    assert [row[:3] for row in rows] == [
+        ["none", "low_confidence", "-"], ["decode", "low_confidence", "8"],
+        ["local", "low_confidence", "never"], ["none", "left_to_right", "-"],
+        ["greedy", "left_to_right", "2"], ["none", "low_confidence", "-"],
+        ["none", "threshold 0.99", "-"], ["local", "threshold 0.99", "never"]]
     for cache, order, _, steps, *_ in rows:
-        [(mark, said)] = re.findall(f"^  {cache}, {order}, {steps} steps +(right|wrong)  (.*)$",
-                                    p.out, re.M)
+        steps = "" if "threshold" in order else f", {steps} steps"
+        [(mark, said)] = re.findall(f"^  {cache}, {order}{steps} +(right|wrong)  (.*)$", p.out,
+                                    re.M)
         assert (mark == "right") == (said == problems[0][1])
-    found = objects("--cache", "all")
-    for row in (rows[0], rows[1], rows[3]):  # the table adds up
-        runs = [o for o in found if o["cache"] == row[0]]
+    whole = int(rows[0][5].replace(",", ""))
+    for row, flags in (rows[0], ""), (rows[2], ""), (rows[7], "--threshold 0.99"):
+        runs = objects("--cache", row[0], *flags.split())  # the table adds up
         right = sum(o["text"].strip() == problems[o["index"]][1] for o in runs)
-        ran, full = (sum(o[key] for o in runs) for key in ("positions_run", "positions_full"))
-        assert right >= 3 and row[4:7] == [f"{right}/{N_DEMO}", f"{ran:,}", f"{full / ran:.2f}x"]
+        ran, steps = (sum(o[key] for o in runs) for key in ("positions_run", "steps"))
+        assert float(row[3]) == round(steps / N_DEMO, 1)
+        assert right >= 3 and row[4:7] == [f"{right}/{N_DEMO}", f"{ran:,}", f"{whole / ran:.2f}x"]
 
-def test_json_agrees_with_the_library():
-    found = objects("--prompt", QUESTION, "--prompt", "Short?", "--cache", "all",
-                    "--temperature", 0.7, "--seed", 3)
-    assert [(o["index"], o["cache"]) for o in found] == [
-        (i, c) for i in (0, 1) for c in ("none", "decode", "greedy")]
-    shared = set("ckpt dtype seed cache gen_length steps block_length temperature remasking "
-                 "cfg_scale stop_at_eos suppress_eos".split())
-    own = dict(none=set(), decode={"refresh", "delay"}, greedy={"refresh", "window", "delay"})
-    model, tokenizer = load(TINY)
-    for o in found:
-        assert " ".join(o) == ("index prompt cache settings prompt_ids ids text forwards "
-                               "positions_run positions_full seconds")
-        assert set(o["settings"]) == shared | own[o["cache"]]
-        assert o["prompt_ids"] == encode([o["prompt"]], tokenizer, model.extra)
-        assert len(o["ids"]) == model.extra["gen_length"] == o["forwards"] and o["seconds"] > 0
-        end = [*o["ids"], model.config.eos_id].index(model.config.eos_id)
-        assert o["text"] == tokenizer.decode(o["ids"][:end])
-        assert o["positions_full"] == o["forwards"] * (len(o["prompt_ids"]) + len(o["ids"]))
-        assert (o["positions_run"] < o["positions_full"]) == (o["cache"] != "none")
+@pytest.mark.parametrize("rule", ["--temperature 0.7 --steps 8", "--threshold 0.3"])
+def test_json_agrees_with_the_library(rule):
+    found = objects("--prompt", QUESTION, "--prompt", "Short?", "--cache", "all", "--seed", 3,
+                    "--gen-length", 16, "--dtype", "float32", *rule.split())
+    caches = [cache for cache in ALL if cache != "greedy" or "steps" in rule]
+    assert [(o["index"], o["cache"]) for o in found] == [(i, c) for i in (0, 1) for c in caches]
+    assert [o["settings"]["delay"] for o in found if o["cache"] == "freecache"] == [False, True] * 2
+    model, tokenizer = load(TINY, dtype=torch.float32)
+    for pair in zip(found[:len(caches)], found[len(caches):]):
+        how = dict(pair[0]["settings"])
+        assert [how.pop(key) for key in ("ckpt", "dtype", "seed")] == ["tiny", "float32", 3]
+        result = generate(model, [o["prompt_ids"] for o in pair],
+                          generator=[draws(3, i) for i in (0, 1)], **how)
+        for row, o in enumerate(pair):
+            assert " ".join(o) == ("index prompt cache settings prompt_ids ids text forwards steps "
+                                   "positions_run positions_full seconds")
+            assert o["prompt_ids"] == encode([o["prompt"]], tokenizer, model.extra)
+            assert o["prompt_ids"] + o["ids"] == result.tokens[row] and o["seconds"] > 0
+            end = [*o["ids"], model.config.eos_id].index(model.config.eos_id)
+            assert o["text"] == tokenizer.decode(o["ids"][:end])
+            assert [o["forwards"]] + [o[key] for key in ("steps", "positions_run")] == [
+                result.forwards, result.steps[row], result.positions_run[row]]
+            assert o["positions_full"] == o["steps"] * (len(o["prompt_ids"]) + 16)
+
+@pytest.mark.parametrize("flags, left, rows", [
+    ("--threshold 0.9", "greedy", 1 + len(ALL) - 1), ("--remasking random", "window", None),
+    ("--steps 1", "window", 1 + len(ALL) - 1), ("--delay --set active=4", "", 1 + len(ALL))])
+def test_caches_that_the_rule_excludes_are_named(wordy, flags, left, rows):
+    """Each other one is in the table, beside none under the same rule."""
+    p = sample("--ckpt", wordy, "--prompt", "hi", "--gen-length", 32, "--cache", "all",
+               *flags.split())
+    assert p.err.count("\n") == bool(left) and f"{left} (the {left} cache" in p.err or not left
+    table = [line.split("  ")[0] for line in p.out.split("\n\n")[-1].splitlines()[2:]]
+    assert left not in table and rows in (None, len(table))
+    assert ("freecache, delay" in table) and ("freecache" in table) == ("--delay" not in flags)
 
 def test_prompts_from_everywhere(tmp_path):
     text, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"
@@ -125,13 +148,18 @@ def test_flags_reach_the_library(bare, tmp_path):
     assert run("--no-delay")["positions_run"] < decode["positions_run"]
     assert run("--cache", "greedy", "--window", 0)["positions_run"] < greedy["positions_run"]
     assert run("--cache", "none", "--cfg-scale", 2)["ids"] != none["ids"]
+    assert run("--set", "refresh=never")["positions_run"] == never["positions_run"]
+    entropy = run("--cache", "entropy", "--set", "tau=inf", "--set", "recent=2")["settings"]
+    assert [entropy[s] for s in ("tau", "recent", "window")] == ["inf", 2, None]  # JSON has no inf
     assert run("--steps", 4, "--block-length", 8)["forwards"] == 4
     assert run("--dtype", "bfloat16", "--device", "cpu")["forwards"] == 16
     # with --cache all a setting goes to the runs that have it
-    runs = objects("--ckpt", bare, "--ids", "3,4", "--gen-length", 16, "--cache", "all", "--window",
-                   0, "--refresh", 4, "--no-delay")
-    assert [[o["settings"].get(k) for k in ("window", "refresh", "delay")] for o in runs] == [
-        [None] * 3, [None, 4, False], [0, 4, False]]
+    runs = objects("--ckpt", bare, "--ids", "3,4", "--gen-length", 16, "--cache", "all", "--set",
+                   "window=8", "--refresh", 4, "--no-delay")
+    given = dict(window=8, refresh=4, delay=False)
+    assert [o["settings"].items() & given.items() for o in runs] == [
+        given.items() & {s: given.get(s) for s in loop_settings(LOOPS[cache], {})}.items()
+        for cache in CACHES]
     # about the end of the text
     model = random_model(dtype=torch.float32)
     model.head.weight.data[1] *= 3  # EOS often
@@ -154,7 +182,7 @@ def test_in_a_shell(tmp_path):
     """Closed and full output are not faults of ours, and bytes that are not UTF-8 are an error."""
     (tmp_path / "p.txt").write_text("hello\n" * 40)
     for command, words in [
-            (f"--prompts {tmp_path / 'p.txt'} --steps 2 --cache all --json | head -n 1", ""),
+            (f"--prompts {tmp_path / 'p.txt'} --steps 4 --cache all --json | head -n 1", ""),
             ("--watch --steps 2 >&-", ""), ("--prompt $(printf 'caf\\351')", "UTF-8"),
             ("--chat </dev/null >&-", "open stdin"),
             ("--prompt hi --steps 2 --json >/dev/full", "cannot write")]:
@@ -218,19 +246,20 @@ def test_answers_go_to_a_file_and_resume_where_they_stopped(tmp_path):
     prompts, out, whole = tmp_path / "p.txt", tmp_path / "o.jsonl", tmp_path / "whole.jsonl"
     prompts.write_text("".join(f"Ben has {n} bags of 4 cups. How many?\n" for n in range(2, 7)))
     flags = ("--prompts", prompts, "--cache", "all", "--gen-length", 8, "--block-length", 8,
-             "--temperature", 0.5, "--batch-size", 2)
+             "--temperature", 0.5, "--batch-size", 2, "--steps", 2)
     assert sample(*flags, "--out", whole).out == f"{whole}: 5 prompts answered\n"
     expected = answers(whole)
     assert [(o["index"], o["cache"]) for o in expected] == [
-        (i, c) for i in range(5) for c in ("none", "decode", "greedy")]
+        (i, c) for i in range(5) for c in ALL]
     assert expected == timeless(objects(*flags))
     text = whole.read_bytes()
     ends = [i + 1 for i, b in enumerate(text) if b == 10]
-    for cut in (0, 5, ends[0], ends[2], ends[4] + 40, ends[13], len(text)):  # killed anywhere
+    n = len(ALL)
+    for cut in (0, 5, ends[0], ends[n - 1], ends[n + 1] + 40, ends[4 * n], len(text)):  # killed
         out.write_bytes(text[:cut])
-        there = sum(e <= cut for e in ends) // 3
+        there = sum(e <= cut for e in ends) // n
         said = sample(*flags, "--out", out).out
-        assert out.read_bytes().startswith(text[:ends[3 * there - 1] if there else 0])
+        assert out.read_bytes().startswith(text[:ends[n * there - 1] if there else 0])
         assert answers(out) == expected
         assert said.endswith(f"{there} of them before\n" if there else "5 prompts answered\n")
 
@@ -239,7 +268,7 @@ def test_a_file_of_other_answers_is_left_alone(tmp_path):
     ask = ["--prompt", QUESTION, "--gen-length", 8, "--block-length", 8, "--out", out]
     sample(*ask)
     ours = out.read_text()
-    cases = [(ours, flags) for flags in ("--raw", "--seed 1", "--cache none", "--gen-length 16")]
+    cases = [(ours, flags) for flags in ("--raw", "--seed 1", "--cache none", "--refresh 4")]
     cases += [(content, "") for content in (
         "hello", "hello\n", '{"index": 7, "prompt": "precious"}', '{"index": 0}\n', "[1]\n",
         "\x00\n", ours[:-5].replace("Anna", "Emma"))]

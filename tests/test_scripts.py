@@ -2,11 +2,13 @@
 import contextlib
 import io
 import json
+import math
 
 import pytest
 import torch
 from conftest import random_model
 
+from caches import CACHES, COSTS
 from dkv_min import cache_cost, generate
 from model import save
 from scripts import accuracy, bench, figures
@@ -31,8 +33,8 @@ def toy(path, n_layer=3, G=16):
 
 def cost(prompts, how, G=16):
     """Positions by the closed form, for the settings of a run of toy()."""
-    own = {name: how[name] for name in ("refresh", "window", "delay") if name in how}
-    return sum(cache_cost(len(ids), G, round(G * how.get("steps", 1)), G // 2, how["cache"], **own)
+    own = {name: value for name, value in how.items() if name not in ("steps", "remasking")}
+    return sum(cache_cost(len(ids), G, round(G * how.get("steps", 1)), G // 2, **own)
                for ids in prompts)
 
 def run(main, *flags):
@@ -59,34 +61,42 @@ def test_intervals():
 
 def test_a_run_on_two_problems_and_resuming(tmp_path):
     model, prompts = toy(tmp_path / "a.pt")
-    log, other, runs = tmp_path / "log", tmp_path / "other", accuracy.runs()
-    ask = ["--ckpt", tmp_path / "a.pt", "--n", 2, "--batch-size", 1, "--workers", 1, "--log", log]
+    log, other = tmp_path / "log", tmp_path / "other"
+    rules = ["one-a-step", "four-a-step", "threshold-0.9", "left-to-right"]
+    runs = accuracy.runs(model, rules)
+    ask = ["--ckpt", tmp_path / "a.pt", "--n", 2, "--batch-size", 1, "--workers", 1,
+           "--rules", *rules, "--log", log]
     printed = run(accuracy.main, *ask)
     lines = log.read_text().splitlines()
-    rows = [line for line in printed.splitlines() if line.startswith(("| none", "| dec", "| gre"))]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[4:]]
     parts = {(part["run"], part["first"]): part for part in map(json.loads, lines[1:])}
-    assert len(rows) == len({str(how) for how, _ in runs}) == 24 and len(parts) == 48
-    assert "| 50.0% [" in rows[0]
-    agreements = set()
-    for i, (row, (how, base)) in enumerate(zip(rows, runs)):
-        mine, ran = [parts[i, 0], parts[i, 1]], cost(prompts[:2], how)
-        assert sum(part["ran"] for part in mine) == ran
-        assert f"| {cost(prompts[:2], dict(cache='none')) / ran:.2f}x |" in row
-        assert f"| {50 * sum(part['right'][0] for part in mine):.1f}% [" in row
-        assert how.get("remasking", "low").split("_")[0] in row
-        if base is not None:  # the same order and steps; the two columns of the comparison
-            other_how = runs[base][0]
-            assert other_how["cache"] == "none"
-            assert other_how.get("remasking") == how.get("remasking")
-            assert how["cache"] == "none" or other_how.get("steps", 1) == how.get("steps", 1)
-            pairs = [*zip(mine, [parts[base, 0], parts[base, 1]])]
-            points = sum(50 * (here["right"][0] - there["right"][0]) for here, there in pairs)
-            same = sum(x == y for here, there in pairs
-                       for x, y in zip(here["ids"][0], there["ids"][0]))
-            assert f"| {points:+.1f} [" in row and f"| {100 * same / 32:.1f}% |" in row
-            agreements.add(same)
-    assert len(agreements) > 1
-    log.write_text("\n".join(lines[:30]) + "\n" + lines[30][:20])  # as a killed run leaves it
+    assert len(rows) == len({str(how) for _, how, _ in runs}) == 49 and len(parts) == 98
+    agreements, full = set(), cost(prompts[:2], dict(cache="none"))
+    for i, (row, (rule, how, base)) in enumerate(zip(rows, runs)):
+        mine, none = ([parts[j, 0], parts[j, 1]] for j in (i, base))
+        ran, steps = (sum(part[key] for part in mine) for key in ("ran", "steps"))
+        if how["cache"] in COSTS and "threshold" not in how:
+            assert ran == cost(prompts[:2], how) and steps == 32 * how.get("steps", 1)
+        assert row[0] == rule.replace("-", " ") and row[1].startswith(how["cache"])
+        assert row[2].startswith(f"{50 * sum(part['right'][0] for part in mine):.1f}% [")
+        assert row[4:6] == [f"{full / ran:.2f}x", f"{steps / 2:.1f}"]
+        # the two columns of the comparison with no cache under the same rule
+        assert (runs[base][0], runs[base][1]["cache"]) == (rule, "none")
+        pairs = [*zip(mine, none)]
+        points = sum(50 * (here["right"][0] - there["right"][0]) for here, there in pairs)
+        same = sum(x == y for here, there in pairs for x, y in zip(here["ids"][0], there["ids"][0]))
+        assert row[3].startswith(f"{points:+.1f} [" if i != base else "")
+        assert row[6] == (f"{100 * same / 32:.1f}%" if i != base else "")
+        agreements.add(same)
+    assert rows[0][2].startswith("50.0% [") and len(agreements) > 1
+    # each rule has every cache but those that it refuses
+    for rule in accuracy.RULES:
+        known = {how["cache"] for _, how, _ in accuracy.runs(model, [rule])}
+        assert known == {*CACHES} - ({"greedy"} if rule != "left-to-right" else set())
+    part = run(accuracy.main, *ask[:8], "--rules", "threshold-0.9", "--caches", "local", "greedy")
+    row, = (line for line in printed.splitlines() if line.startswith("| threshold 0.9 | local"))
+    assert part.splitlines()[-1] == row and len(part.splitlines()) == 6
+    log.write_text("\n".join(lines[:90]) + "\n" + lines[90][:20])  # as a killed run leaves it
     assert run(accuracy.main, *ask) == printed
     assert sorted(log.read_text().splitlines()) == sorted(lines)
     other.write_bytes(b"\xff{ not ours\n")
@@ -102,37 +112,43 @@ def run_bench(path, *flags):
     return printed, found, {r["run"]: r for r in found["runs"]}
 
 def test_the_table(tmp_path):
-    printed, found, rows = run_bench(tmp_path / "o.json", "--prompt-len", 8, "--gen-length", 16,
+    printed, found, rows = run_bench(tmp_path / "o.json", "--prompt-len", 8, "--gen-length", 32,
                                      "--block-length", 16, "--batch", 2)
-    refresh = {"none": None, "none, half the steps": None, "decode 4": 4, "decode 8": 8,
-               "decode never": 16, "greedy 2": 2, "greedy 4": 4, "greedy 8": 8}
-    assert list(rows) == list(refresh)
+    runs = bench.runs(CACHES, 4, half=16)
+    assert list(rows) == list(runs) and {how["cache"] for how in runs.values()} == {*CACHES}
     for name, r in rows.items():
-        cache, steps = name.split()[0].strip(","), 8 if "half" in name else 16
-        own = {} if cache == "none" else dict(refresh=refresh[name])
-        assert r["positions"] == cache_cost(8, 16, steps, 16, cache, **own)
-        assert r["forwards"] == steps and 0 < r["outside"] < 1
+        if (how := runs[name])["cache"] in COSTS:
+            assert r["positions"] == cache_cost(8, 32, how.pop("steps", 32), 16, **how)
+        assert r["forwards"] == (16 if "half" in name else 32) and 0 < r["outside"] < 1
         assert all(r[key] > 0 for key in ("seconds", "floor", "peak"))
-        assert r["tokens_per_s"] == pytest.approx(32 / r["seconds"])
+        assert r["tokens_per_s"] == pytest.approx(64 / r["seconds"])
+    # all once, then the masks of the block and what was revealed: 16, and 32 in the second block
+    assert rows["entropy never"]["positions"] == 40 + 15 * 16 + 16 * 32
     none, greedy = rows["none"], rows["greedy 8"]
     assert none["predicted"] == none["gain"] == 1
     assert 1 < greedy["predicted"] < none["positions"] / greedy["positions"] + 0.5
     assert found["bandwidth"] > 0 and found["matmul_peak"] > 0 and "whole runs" in printed
+    few = run_bench(tmp_path / "o.json", "--gen-length", 64, "--prompt-len", 8, "--steps", 2,
+                    "--caches", "pd", "window", "dual", "--refresh", 2, "--sample", 2)
+    assert few[1]["conditions"]["block_length"] == 32  # window runs only 16 masks
+    assert {name: r["positions"] for name, r in few[2].items()} == {
+        "none": 2 * 72, "pd 2": 72 + 64, "dual": 2 * 72}
 
-@pytest.mark.parametrize("cache", ["none", "decode", "greedy"])
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("block_length", [8, 24])
 def test_sampled_runs_add_up(monkeypatch, cache, block_length):
     """On a clock that only the model's arithmetic moves: fewer run, the sums are those of all."""
     ran, model = [], random_model(dtype=torch.float32)
 
     def tick(_, given, out):
-        tokens, _, cache, rows, _ = given
+        tokens, _, cache, rows, *_ = given
         T = cache.T if cache else tokens.shape[1]
         ran.append(1 + work(model.config, *tokens.shape, rows.shape[1], T) / 1e4)
     model.register_forward_hook(tick)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: sum(ran, 0.0))
     setting = bench.Bench(model, 2, 12, 24, block_length=block_length)
-    how = dict(cache=cache) | ({} if cache == "none" else dict(refresh=4))
+    own = dict(decode=dict(refresh=4), greedy=dict(refresh=4), entropy=dict(tau=math.inf))
+    how = dict(cache=cache) | own.get(cache, {})
     whole, every = setting.run(how)
     assert whole.calls == setting.run(how, set())[0].calls
     assert len(ran) == 24  # nothing runs to know the steps
@@ -140,23 +156,27 @@ def test_sampled_runs_add_up(monkeypatch, cache, block_length):
     assert every["seconds"] == every["inside"] == expected
     steps = bench.spread(whole.calls, 3)
     sampled, few = setting.run(how, steps)
-    assert len(steps) == (3 if cache == "none" else 6) and len(ran) == 24 + len(steps)
+    kinds = [kind for kind, _ in whole.calls]
+    assert len(steps) == sum(min(3, kinds.count(kind)) for kind in (True, False))
+    assert len(ran) == 24 + len(steps)
     assert set(sampled.ran) == steps and sampled.calls == whole.calls
-    positions = cache_cost(12, 24, 24, block_length, **how)
-    assert few["positions"] == every["positions"] == positions
+    assert few["positions"] == every["positions"]
+    if cache in COSTS:
+        assert few["positions"] == cache_cost(12, 24, 24, block_length, **how)
     assert few["forwards"] == every["forwards"] == 24
     assert few["seconds"] == pytest.approx(every["seconds"], rel=0.02)
 
 def test_growth(tmp_path):
-    printed, found, rows = run_bench(tmp_path / "o.json", "--scale", 48, 32, "--sample", 2)
-    names = ["none", "decode 8", "greedy 8", "greedy never"]
+    printed, found, rows = run_bench(tmp_path / "o.json", "--scale", 128, 40, "--sample", 2)
+    names = ["none", "decode 8", "greedy 8", "dual", "local"]
     assert list(rows) == names
     assert found["sampled"] == 2 and "2 steps of each kind" in printed
     for r in found["runs"]:
         T, (cache, *refresh) = r["total_length"], r["run"].split()
-        own = dict(refresh=T if refresh == ["never"] else 8) if refresh else {}
-        assert T in (32, 48) and r["seconds"] > 0 and r["gain"] > 0
-        assert r["positions"] == cache_cost(T // 4, T * 3 // 4, cache=cache, **own)
+        own = dict(refresh=8) if refresh else {}
+        assert T in (40, 128) and r["seconds"] > 0 and r["gain"] > 0
+        block = 32 if T == 128 else 30
+        assert r["positions"] == cache_cost(T // 4, T * 3 // 4, None, block, cache, **own)
 
 def test_the_arithmetic():
     """Against what torch counts in the matrix products and the attention."""
@@ -169,7 +189,8 @@ def test_the_arithmetic():
 
 @pytest.mark.parametrize("script, flags, words", [
     (accuracy, ["--n", 0], "--n is 0"), (accuracy, ["--ckpt", "nope"], "nope"),
-    (accuracy, ["--what"], "--what"), (accuracy, ["--workers", 0], "--workers"),
+    (accuracy, ["--what"], "--what"), (accuracy, ["--rules", "x"], "--rules"),
+    (bench, ["--caches", "x"], "--caches"), (accuracy, ["--workers", 0], "--workers"),
     (accuracy, ["--log", ""], "--log"), (accuracy, ["--log", "no/such/log"], "no/such"),
     (bench, ["--batch", 0], "--batch"), (bench, ["--gen-length", 5000], "4096 positions"),
     (bench, ["--steps", 7, "--block-length", 128], "multiple"),

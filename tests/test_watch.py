@@ -10,14 +10,16 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, byte_model, forked
 
+import caches.window
 from dkv_min import generate, unmask_schedule
 from model import load
 from support.watch import MARKS, Watch, width
 
 STEP = re.compile(r"step +(\d+)  run +(\d+) of (\d+)  +(\d+)% from cache  "
-                  r"([*#.o_]+)\|([*#.o_]+)  (.*)")
+                  r"([*#.o_-]+)\|([*#.o_-]+)  (.*)")
 
 def watched(*flags):
     [code], [out], [err] = forked(1, "sample.py", *flags, "--watch")
@@ -25,28 +27,37 @@ def watched(*flags):
     return out
 
 @pytest.mark.parametrize("own", [dict(cache="none"), dict(cache="decode", refresh=4),
-                                 dict(cache="greedy", refresh=4, window=2)])
+                                 dict(cache="greedy", refresh=4, window=2),
+                                 dict(cache="window", refresh=4, window=4, active=2,
+                                      remasking="low_confidence")])
 @pytest.mark.parametrize("steps, blocks", [(16, 1), (8, 2)])
-def test_the_map_in_a_pipe_is_what_ran(wordy, own, steps, blocks):
-    how = dict(gen_length=16, steps=steps, block_length=16 // blocks, remasking="left_to_right",
-               **own)
-    flags = [flag for k, v in how.items() for flag in ("--" + k.replace("_", "-"), v)]
+def test_the_map_in_a_pipe_is_what_ran(wordy, monkeypatch, own, steps, blocks):
+    how = dict(gen_length=16, steps=steps, block_length=16 // blocks, remasking="left_to_right")
+    how |= own
+    flags = [flag for k, v in how.items() for flag in (
+        ("--set", f"{k}={v}") if k == "active" else ("--" + k.replace("_", "-"), v))]
     found = watched("--ckpt", wordy, "--prompt", "hello", *flags)
     assert "\x1b" not in found and found.splitlines()[1] == "hello\\n"  # which prompt it is
     lines = [STEP.fullmatch(line).groups() for line in found.splitlines() if line[:4] == "step"]
     assert [int(line[0]) for line in lines] == list(range(1, steps + 1))
     (model, tokenizer), seen = load(wordy), []
     ids = [tokenizer.encode("hello\n")]
+    attended, real = [], caches.window.forward
+    monkeypatch.setattr("caches.window.forward", lambda *a: attended.append(a[5]) or real(*a))
     result = generate(model, ids, on_step=lambda *step: seen.append(step), **how)
     ks = [k for _, k in unmask_schedule(16 // blocks, steps // blocks)] * blocks
     for (_, *step), (_, n, T, share, prompt, answer, new), k in zip(seen, lines, ks):
         (tokens, run, decoded), marks = (t[0] for t in step), prompt + answer
-        assert len(prompt) == 6 and len(answer) == 16 and not set("o_") & set(prompt)
+        assert len(prompt) == 6 and len(answer) == 16 and not set("o_-") & set(prompt)
         assert [mark in "*#o" for mark in marks] == run.tolist()
         assert [mark == "*" for mark in marks] == decoded.tolist()
-        assert [mark in "o_" for mark in marks] == (tokens == 257).tolist()
+        assert [mark in "o_-" for mark in marks] == (tokens == 257).tolist()
         assert (int(n), int(T), int(share)) == (run.sum(), 22, round(100 * (22 - int(n)) / 22))
         assert marks.count("*") == k and new.count("~") == int((tokens[decoded] == 256).sum())
+    for (_, _, run, _), (*_, prompt, answer, _), known in zip(seen, lines, attended):
+        beyond = torch.zeros_like(run) if known is None else ~known & ~run
+        assert [mark == "-" for mark in prompt + answer] == beyond[0].tolist()
+    assert ("not attended" in found) == ("-" in lines[1][5]) == (own["cache"] == "window")
     assert sum(int(line[1]) for line in lines) == result.positions_run[0]
     # the delay: a token runs once more after the step that revealed it, while the prompt does not
     revealed = [i for i, mark in enumerate(lines[1][5]) if mark == "*"]
@@ -57,8 +68,9 @@ def test_which_questions_and_caches(wordy):
     found = watched("--steps", 2)
     assert found.startswith("decode, low_confidence") and found.count("step   1 ") == 1
     assert re.search(r" [01]/1 .*\n$", found) and not re.search("seconds|speed-up", found)
-    caches = re.findall(r"^(none|decode|greedy), ", watched("--cache", "all", "--steps", 4), re.M)
-    assert caches == ["none", "decode", "none", "greedy", "none"]
+    names = re.findall(r"^(\w+), .* revealed", watched("--cache", "all", "--steps", 4), re.M)
+    assert names == ("none decode none greedy prefill pd local freecache freecache prefix dual "
+                     "window entropy none").split()
     found = watched("--ckpt", wordy, "--prompt", "a", "--prompt", "bcd", "--gen-length", 4)
     assert re.findall(r" of (\d+)  ", found) == ["6"] * 4 + ["8"] * 4  # each is alone, unpadded
 
@@ -174,6 +186,10 @@ def test_in_a_terminal(wordy):
         t.process.send_signal(number)
         found, out = t.end()
         assert found == code and out.rstrip().endswith("\x1b[?25h\x1b[?1049l")
+
+def test_a_bar_and_an_answer_in_a_terminal():
+    code, out = Terminal("--prompt", "hi", "--threshold", 1).end()
+    assert code == 0 and "step/s]" in out and out.splitlines()[-1].startswith("decode  threshold 1")
 
 def test_chat_in_a_terminal(wordy):
     """Ctrl-C stops an answer and keeps the chat; at the prompt it says how to leave."""
