@@ -1,6 +1,8 @@
-r"""Sample from a masked diffusion model, with and without a delayed KV cache.
+r"""Sample from a masked diffusion model, with and without a KV cache.
 
-python sample.py                                   held-out questions, every cache, and a table
+python sample.py                                   held-out questions, some runs, and a table
+python sample.py --cache all                       the same with every cache
+python sample.py --cache local --threshold 0.99    a step reveals all that is as probable as this
 python sample.py --prompt "Anna has 7 boxes of 8 pens. Monday she loses 9. Tuesday she finds 3 \
 more. Wednesday she lends 6. How many pens are left?"
 python sample.py --watch                           see which positions each step runs
@@ -20,13 +22,15 @@ import sys
 import torch
 from tqdm import tqdm
 
-from dkv_min import CACHES, LOOPS, generate
+from caches import CACHES, LOOPS
+from dkv_min import generate
 from support.chat import chat
-from support.cli import Parser, check_bounds, check_out, launch, load_checkpoint, pick_device
+from support.cli import (Parser, check_bounds, check_out, launch, load_checkpoint, loop_flags,
+                         pick_device)
 from support.evaluate import text_of
 from support.processes import answer_file, only_writer, ranks
 from support.prompts import draws, find_questions, parse_ids, read_prompts
-from support.report import report
+from support.report import print_json, report
 from support.settings import REMASKING, check, check_prompts, loop_settings
 from support.watch import Watch, name
 
@@ -40,7 +44,12 @@ def parse_args(argv):
     p.add_argument("--ckpt", default="tiny", metavar="tiny|llada|llada-base|llada-1.5|PATH",
                    help="checkpoint (tiny, which is bundled)")
     p.add_argument("--cache", choices=[*CACHES, "all"],
-                   help="which positions a step runs, see dkv_min.py (decode; in the demo all)")
+                   help="which positions a step runs, beside all now and then (decode; in the demo "
+                        "some). none: all; decode: masks, newest tokens; greedy: masks near the "
+                        "next token; prefill: all but the prompt; pd: decode without the prompt; "
+                        "local: decode in the block; freecache, prefix: from the block on; dual: "
+                        "the block; window: the first masks, and no step attends far ones; "
+                        "entropy: masks of the block, and all after a doubtful token")
     g = p.add_argument_group("prompts (without any: held-out problems or texts of the checkpoint)")
     g.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     g.add_argument("--prompts", metavar="FILE",
@@ -55,10 +64,14 @@ def parse_args(argv):
     g.add_argument("--steps", type=int, metavar="N", help="denoising steps (one per token)")
     g.add_argument("--block-length", type=int, metavar="TOKENS",
                    help="decode in blocks, left to right (the checkpoint's, else one block)")
-    g.add_argument("--refresh", metavar="STEPS|never",
-                   help="steps from one run of all positions to the next (decode 8, greedy 2)")
-    g.add_argument("--window", type=int, metavar="TOKENS",
-                   help="masks that greedy runs around a revealed token (4)")
+    g.add_argument("--threshold", type=float, metavar="P",
+                   help="instead of --steps: reveal tokens that are as probable as this")
+    own = dict(dest="set", action="append", default=[])  # texts NAME=VALUE
+    g.add_argument("--refresh", **own, type="refresh={}".format, metavar="STEPS|never",
+                   help="steps between runs of all (decode, pd 8; greedy 2; window 32; else never)")
+    g.add_argument("--window", **own, type="window={}".format, metavar="TOKENS",
+                   help="masks: that greedy runs per token (4), window attends (64), entropy runs")
+    g.add_argument("--set", **own, metavar="NAME=VALUE", help="any setting that caches/ names")
     g.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (0)")
     g.add_argument("--remasking", choices=REMASKING,
                    help="what is revealed first (low_confidence; greedy: the checkpoint's order)")
@@ -66,8 +79,8 @@ def parse_args(argv):
     g.add_argument("--stop-at-eos", action="store_true", help="no block after one that holds EOS")
     g.add_argument("--suppress-eos", choices=["logits", "confidence"],
                    help="never emit EOS, or reveal positions that propose it last (neither)")
-    g.add_argument("--no-delay", dest="delay", action="store_false", default=None,
-                   help="keep the K/V of the step that reveals a token (the next step's)")
+    g.add_argument("--delay", action=argparse.BooleanOptionalAction, help="keep the K/V of the "
+                   "step after the one that reveals a token (yes; freecache no)")
     g = p.add_argument_group("running")
     g.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers (0)")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
@@ -82,14 +95,17 @@ def parse_args(argv):
     g.add_argument("--watch", type=float, nargs="?", const=0.1, metavar="SECONDS",
                    help="show each step: in a terminal for SECONDS (0.1), in a pipe as a line")
     args = p.parse_args(argv)
-    # without prompts the demo compares all caches
-    args.asked = bool(args.prompt or args.prompts is not None or args.ids is not None)
-    if args.cache is None:
-        args.cache = "decode" if args.asked or args.chat or args.watch is not None else "all"
     check_args(args)
     return args
 
 def check_args(args):
+    args.asked = bool(args.prompt or args.prompts is not None or args.ids is not None)
+    # without prompts the demo compares some caches, and a file gets all
+    if args.cache is None:
+        one = args.asked or args.chat or args.watch is not None
+        args.cache = "decode" if one else "all" if args.json or args.out else "demo"
+    several = dict(all=CACHES, demo=("none", "decode", "local", "greedy"))
+    args.caches = several.get(args.cache, [args.cache])
     check_bounds(args, watch=(0, 60), batch_size=1)
     # the answers go to one place
     if (args.watch is not None) + args.json + bool(args.out) > 1:
@@ -107,61 +123,68 @@ def check_args(args):
         check_out(args.out)
         if args.prompts and os.path.realpath(args.prompts) == os.path.realpath(args.out):
             raise ValueError(f"--out {args.out} is the file of --prompts: give another name")
-    # "never" needs the length of the answer, which the checkpoint may give: see plan
-    if args.refresh not in (None, "never"):
-        if not args.refresh.isdecimal() or int(args.refresh) < 1:
-            raise ValueError(f"--refresh is {args.refresh!r}, and has to be 1 or more, or never")
-        args.refresh = int(args.refresh)
-    # --cache all gives each loop the settings that it has, but one of them has to have it
-    known = {setting for cache in (CACHES if args.cache == "all" else [args.cache])
-             for setting in loop_settings(LOOPS[cache], {})}
-    for setting, flag in ("refresh", "--refresh"), ("window", "--window"), ("delay", "--no-delay"):
-        if getattr(args, setting) is not None and setting not in known:
-            raise ValueError(f"{flag} has no effect with --cache {args.cache}: leave it out")
+    args.own = loop_flags(args, LOOPS)
 
 # --------------------------------------------------------------------------------------------------
 # the runs
 
 def plan(args, config, extra):
-    """-> [(settings for generate, number of the run it is compared with)]. With --cache all two
-    more runs keep the comparison fair: no cache in greedy's order, and half the steps, which saves
-    as much without any cache."""
+    """-> [(settings for generate, number of the run it is compared with)]. Of several caches each
+    is compared with none under the same rule. Those that cannot follow the rule are named."""
     # lengths: the flags', else the checkpoint's; G tokens in blocks of L
     G = extra.get("gen_length", 128) if args.gen_length is None else args.gen_length
+    usual = extra.get("block_length", G)  # the checkpoint's blocks may not divide the flags' length
     L = args.block_length
-    if L is None:  # the checkpoint's blocks may not divide the flags' length
-        usual = extra.get("block_length", G)
-        L = usual if usual and G % usual == 0 else G
-    steps = G if args.steps is None else args.steps
+    L = (usual if usual and G % usual == 0 else G) if L is None else L
+    by_steps = args.threshold is None
+    steps = G if by_steps and args.steps is None else args.steps
     # greedy has to know ahead what comes next, so it follows the order that suits the model
     known = extra.get("known_order", "random")
+    shared = {s: getattr(args, s) for s in (
+        "threshold", "temperature", "cfg_scale", "stop_at_eos", "suppress_eos")}
     # a refresh that no block reaches never happens
-    given = dict(refresh=G if args.refresh == "never" else args.refresh, window=args.window,
-                 delay=args.delay)
+    given = {s: G if (s, v) == ("refresh", "never") else v for s, v in args.own.items()}
 
-    def settings(cache, order=None, steps=steps):
-        order = order or (known if cache == "greedy" else "low_confidence")
+    def settings(cache, order=None, **more):
+        order = args.remasking or order or (known if cache == "greedy" else "low_confidence")
         # a loop refuses settings that it lacks
-        own = {s: given[s] for s in loop_settings(LOOPS[cache], {}) if s in given}
-        return check(config, LOOPS, cache=cache, gen_length=G, steps=steps, block_length=L,
-                     temperature=args.temperature, remasking=args.remasking or order,
-                     cfg_scale=args.cfg_scale, stop_at_eos=args.stop_at_eos,
-                     suppress_eos=args.suppress_eos, **own)
+        own = {s: v for s, v in given.items() if s in loop_settings(LOOPS[cache], {})}
+        usual = dict(shared, gen_length=G, steps=steps, block_length=L, remasking=order, **own)
+        return check(config, LOOPS, cache=cache, **usual | more)
 
-    if args.cache != "all":
-        return [(settings(args.cache), None)]
-    # the files are for machines, which can compare what they like
-    if args.json or args.out:
-        return [(settings(cache), None) for cache in CACHES]
-    # people get a table: each cache beside none in the same order
-    runs = [(settings("none"), None), (settings("decode"), 0)]
-    if args.remasking:  # one order for all
-        runs += [(settings("greedy"), 0)]
-    else:
-        runs += [(settings("none", known), None), (settings("greedy"), 2)]
-    # the rival: half the steps, if they fit the blocks
-    if steps % 2 == 0 and steps // 2 % (G // L) == 0:
-        runs += [(settings("none", steps=steps // 2), 0)]
+    if len(args.caches) == 1:
+        return [(settings(*args.caches), None)]
+    runs, left = [], []
+
+    def add(cache, order=None, base=None, **more):
+        try:
+            how = settings(cache, order, **more)
+        except ValueError as e:
+            # wrong for all, or a value that the user gave
+            if cache == "none" or str(e).split()[0] in given:
+                raise
+            return left.append(f"{cache} ({str(e).partition(':')[0]})")
+        names, same = [name(how) for how, _ in runs], name(how | {"cache": "none"})
+        runs.append((how, names.index(same) if same in names else base))
+
+    table = not (args.json or args.out)  # files are for machines, which can compare what they like
+    if table and not by_steps:
+        add("none", threshold=None, steps=G)
+    add("none", base=0 if runs else None)
+    for cache in args.caches[1:]:
+        if cache == "greedy" and table and by_steps and not args.remasking:
+            add("none", known)
+        add(cache)
+        if cache == "freecache" and "delay" not in given:  # as published, and with the delay
+            add(cache, delay=True)
+    # the rival: half the steps save as much without any cache. They have to fit the blocks
+    if table and by_steps and steps % 2 == 0 and steps // 2 % (G // L) == 0:
+        add("none", base=0, steps=steps // 2)
+    if args.cache == "demo" and by_steps and args.remasking in (None, "low_confidence"):
+        for cache in "none", "local":
+            add(cache, base=0, threshold=0.99, steps=None)
+    if left and ranks()[0] == 0:
+        print(f"note: left out: {'; '.join(left)}", file=sys.stderr)
     return runs
 
 def note_lengths(how, extra):
@@ -184,11 +207,12 @@ def answer(model, tokenizer, questions, runs, args, repeats, first=0, show=None,
     model(torch.full((1, 8), model.config.mask_id, device=model.wte.weight.device))
     # one bar for all, counted in forwards of the model
     rank, world = ranks()
-    total = sum(how["steps"] for how, _ in runs) * len(batches) * repeats
+    total = sum(how["steps"] or how["gen_length"] for how, _ in runs) * len(batches) * repeats
     watching = args.watch is not None
-    hidden = True if rank or watching else None  # None: shown in a terminal only
-    bar = tqdm(total=total, unit="step", disable=hidden, leave=False)
-    model.register_forward_hook(lambda *_: bar.update(world))  # the others are about as far
+    bar = tqdm(total=total, unit="step", leave=False,
+               disable=True if rank or watching else None)  # None: shown in a terminal only
+    # the others are about as far. A hook that returns a value would replace the output
+    model.register_forward_hook(lambda *_: bar.update(world) and None)
     for repeat in range(repeats):
         for start in share(batches):
             numbers = range(start, min(start + args.batch_size, len(questions)))
@@ -201,6 +225,7 @@ def answer(model, tokenizer, questions, runs, args, repeats, first=0, show=None,
                     # random numbers belong to a prompt, so that the batch changes no answer
                     generators = [draws(args.seed, j) for j in numbers]
                     result = generate(model, prompts, generator=generators, on_step=watch, **how)
+                bar.update(world * ((how["steps"] or how["gen_length"]) - result.forwards))
                 seconds[i][repeat] += result.seconds  # of the steps, without loading or printing
                 # the ids without the prompt, and where their counts are
                 for row, j in enumerate(numbers):
@@ -212,11 +237,9 @@ def answer(model, tokenizer, questions, runs, args, repeats, first=0, show=None,
     bar.close()
     return answers, [statistics.median(times) for times in seconds]
 
-# --------------------------------------------------------------------------------------------------
-# a line of --json
-
 def head(index, question, how, args):
     """The fields of --json that are known before the answer is."""
+    how = {s: str(v) if str(v) in ("inf", "-inf") else v for s, v in how.items()}  # JSON lacks it
     settings = {"ckpt": args.ckpt, "dtype": args.dtype, "seed": args.seed, **how}
     return {"index": index, "prompt": question[0], "cache": how["cache"], "settings": settings,
             "prompt_ids": question[1]}
@@ -224,13 +247,8 @@ def head(index, question, how, args):
 def body(ids, result, row, model, tokenizer):
     """The other fields. seconds are those of the whole batch."""
     return {"ids": ids, "text": text_of(ids, model, tokenizer), "forwards": result.forwards,
-            "positions_run": result.positions_run[row],
+            "steps": result.steps[row], "positions_run": result.positions_run[row],
             "positions_full": result.positions_full[row], "seconds": result.seconds}
-
-def print_json(objects):
-    # flushed, so that a pipe sees each batch when it is done
-    for o in objects:
-        print(json.dumps(o), flush=True)
 
 # --------------------------------------------------------------------------------------------------
 # the run

@@ -12,6 +12,7 @@ import torch
 from model import load
 from support.checkpoint import first_line, read
 from support.processes import first_to_speak, ranks
+from support.settings import loop_settings
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LLADA = ("llada", "llada-base", "llada-1.5")  # scripts/convert.py fetches them by these names
@@ -32,6 +33,24 @@ def check_bounds(args, **bounds):
         if value is not None and not low <= value <= high:
             needed = f"{low} to {high}" if isinstance(bound, tuple) else f"at least {low}"
             raise ValueError(f"--{name.replace('_', '-')} is {value}, and has to be {needed}")
+
+def loop_flags(args, loops):
+    """-> {setting: value} of the texts NAME=VALUE. The loop of one of the caches has to have it."""
+    known = sorted({s for cache in args.caches for s in loop_settings(loops[cache], {})})
+    has = f"which has {', '.join(known) or 'no settings'}"
+    run = "the demo" if args.cache == "demo" else f"--cache {args.cache}"
+    words, found = {"true": True, "false": False, "none": None, "never": "never"}, {}
+    for given in args.set + [f"delay={args.delay}".lower()] * (args.delay is not None):
+        s, _, text = given.partition("=")
+        if s not in known:
+            raise ValueError(f"setting {given!r:.60} has no effect with {run}, {has}: leave it out")
+        kind = words.get if text in words else int if text.lstrip("-").isdecimal() else float
+        try:
+            found[s] = kind(text)
+        except ValueError:
+            raise ValueError(f"setting {given!r:.60} of {run}, {has}, needs a value: a number, "
+                             "true, false, none or, of refresh, never") from None
+    return found
 
 def check_out(path, flag="--out", only=None):
     """Raises ValueError for an output file that cannot be written, before the work is done.
@@ -97,7 +116,6 @@ def launch(main):
     """Runs a script's main and exits. A user's error is one sentence on stderr and exit code 2."""
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a character
-
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # as Ctrl-C, but ends a chat too
     try:
         code = main()

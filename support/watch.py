@@ -10,19 +10,31 @@ import textwrap
 import time
 import unicodedata
 
+from caches import LOOPS
 from support.cli import printable
+from support.settings import loop_settings
 
 MARKS = {"*": ("revealed", "1;32"), "#": ("run", "33"), ".": ("from cache", "36"),
-         "o": ("mask, run", "2;33"), "_": ("mask, from cache", "2;36")}  # meaning, colour
+         "o": ("mask, run", "2;33"), "_": ("mask, from cache", "2;36"),
+         "-": ("mask, not attended", "2;35")}  # meaning, colour
 LEGEND = [f"{mark} {meaning}" for mark, (meaning, _) in MARKS.items()] + ["~ end of text"]
 
-def name(how):
-    return f"{how['cache']}, {how['remasking']}, {how['steps']} steps"
+def label(how):
+    """The cache, and what is not the default of its loop; refresh has a column of its own."""
+    usual = loop_settings(LOOPS[how["cache"]], {}) | {"refresh": how.get("refresh")}
+    odd = [f"{s} {how[s]}" for s, v in usual.items() if how.get(s, v) != v]
+    return ", ".join([how["cache"], *odd]).replace("delay False", "no delay").replace(" True", "")
 
-def marks_of(tokens, run, revealed, mask_id):
-    """-> for each position a character for what the step did with it."""
-    return ["*" if d else ("_o" if t == mask_id else ".#")[r]
-            for t, r, d in zip(tokens, run, revealed)]
+def rule(how):
+    return f"threshold {how['threshold']:g}" if how.get("threshold") else how["remasking"]
+
+def name(how):
+    return f"{label(how)}, {rule(how)}, {how['steps']} steps".removesuffix(", None steps")
+
+def marks_of(tokens, run, revealed, mask_id, unseen=()):
+    """-> for each position a character for what the step did with it. unseen: their numbers"""
+    return ["*" if d else "-" if i in unseen and not r else ("_o" if t == mask_id else ".#")[r]
+            for i, (t, r, d) in enumerate(zip(tokens, run, revealed))]
 
 def width(text):
     """Columns that text takes in a terminal."""
@@ -44,7 +56,8 @@ class Watch:
     mark under each token, and the last picture stays if `keep`. In a pipe each step is a line."""
     def __init__(self, tokenizer, config, how, pause, keep=True):
         self.tokenizer, self.config, self.how = tokenizer, config, how
-        self.pause, self.keep, self.run, self.full = pause, keep, 0, 0
+        self.pause, self.keep, self.run, self.full, self.unseen = pause, keep, 0, 0, set()
+        self.legend = [x for x in LEGEND if x[0] != "-" or how.get("cache") == "window"]
         terminal = sys.stdout is not None and sys.stdout.isatty()
         self.live = terminal and os.environ.get("TERM") != "dumb"
         self.colour = self.live and not os.environ.get("NO_COLOR")
@@ -54,7 +67,7 @@ class Watch:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # __exit__ still runs
             print("\x1b[?1049h\x1b[?25l", end="")
         else:
-            print(name(self.how), *LEGEND, sep="  ")
+            print(name(self.how), *self.legend, sep="  ")
         return self
 
     def __exit__(self, fault, *_):
@@ -67,13 +80,18 @@ class Watch:
 
     def __call__(self, step, tokens, run, revealed):
         tokens, run, revealed = (t[0].tolist() for t in (tokens, run, revealed))
-        marks = "".join(marks_of(tokens, run, revealed, self.config.mask_id))
+        mask = self.config.mask_id
+        marks = "".join(marks_of(tokens, run, revealed, mask, self.unseen))
+        if self.how["cache"] == "window" and all(run):  # the next steps attend the first masks only
+            masks = [i for i, token in enumerate(tokens) if token == mask]
+            self.unseen = {*masks[self.how["window"]:]}
         n, T, P = sum(run), len(run), len(run) - self.how["gen_length"]
         self.run, self.full = self.run + n, self.full + T
         # the cells of prompt and answer
         self.parts = [self.cells(tokens[:P], marks[:P]), self.cells(tokens[P:], marks[P:])]
         share = f"{100 * (T - n) / T:3.0f}% from cache"
-        self.status = [f"step {step + 1}/{self.how['steps']}", f"{n} of {T} run", share.strip(),
+        self.status = [f"step {step + 1}/{self.how['steps']}".removesuffix("/None"),
+                       f"{n} of {T} run", share.strip(),
                        f"so far {self.full / self.run:.2f}x fewer"]
         if self.live:
             frame = "\x1b[K\n".join(self.frame(*shutil.get_terminal_size()))
@@ -124,7 +142,7 @@ class Watch:
         columns = max(1, columns - 1)  # the last column would wrap in some terminals
         rows = [row for cells in self.parts for row in self.rows(cells, columns)]
         top = [clip(name(self.how), columns), *fill(self.status, columns), ""]
-        bottom = ["", *fill(LEGEND, columns)]
+        bottom = ["", *fill(self.legend, columns)]
         if lines:
             bottom = bottom if lines >= len(top) + len(bottom) + 2 else []
             top = top if lines >= len(top) + 2 else []
