@@ -1,16 +1,18 @@
-"""What each cache loses and saves on the word problems, all runs on the same held-out ones.
+"""What each cache loses and saves under each decoding rule, all on the same held-out problems.
 
-python scripts/accuracy.py                            1,000 problems, 24 runs: up to an hour
-python scripts/accuracy.py --n 100 --ckpt toy.pt
+python scripts/accuracy.py                            1,000 problems, 71 runs: hours on a CPU
+python scripts/accuracy.py --n 100 --ckpt toy.pt --rules threshold-0.9 --caches decode local
 python scripts/accuracy.py --log outcomes.jsonl       keeps every answer; an interrupted run resumes
 
-A run is compared, problem by problem, with the run without a cache in the same order and as many
-steps; a run with fewer steps and no cache is compared with all steps. Prints a table in markdown.
+Prints a table in markdown. A run is compared, problem by problem, with the one without a cache
+under the same rule, its positions with those of one token a step without a cache. Caches that a
+rule refuses are left out. Of entropy the share of the steps in which everything runs is printed.
 Intervals are 95%: Wilson's for a share, Bonett and Price's (2012) for the difference of two shares
 on the same problems. They assume that all problems are different, which holds for the bundled
 model's (969 of 1,000). sample.py measures seconds; this script does not.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -23,28 +25,41 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from caches import CACHES, LOOPS
 from support.checkpoint import atomic_write
 from support.cli import Parser, check_bounds, check_out, launch, load_checkpoint, pick_device
 from support.evaluate import answer_problems
+from support.settings import check
 
 NEVER = 10**6  # a refresh of a block's steps or more never happens
 
-def runs():
-    """-> [(settings, steps as a share of the tokens; number of the run to compare with)]"""
-    found = [(dict(cache="none", steps=1 / k), 0 if k > 1 else None) for k in (1, 2, 4, 8)]
-    found += [(dict(cache="decode", refresh=refresh, delay=delay), 0)
-              for refresh in (8, NEVER) for delay in (True, False)]
-    found += [(dict(cache="decode", refresh=8, steps=1 / k), i) for i, k in ((1, 2), (2, 4))]
+# steps as a share of the tokens
+RULES = {"one-a-step": dict(remasking="low_confidence"),
+         "two-a-step": dict(remasking="low_confidence", steps=1 / 2),
+         "four-a-step": dict(remasking="low_confidence", steps=1 / 4),
+         "threshold-0.9": dict(threshold=0.9), "threshold-0.99": dict(threshold=0.99),
+         "left-to-right": dict(remasking="left_to_right")}
 
-    base, order = len(found), dict(remasking="left_to_right")
-    greedy = [dict(refresh=r, window=w) for r in (2, 4, 8, NEVER) for w in (4, 0)]
-    cached = [dict(cache="greedy") | own for own in [*greedy, dict(refresh=2, delay=False)]]
-    cached += [dict(cache="decode", refresh=8, delay=delay) for delay in (True, False)]
-    found += [(dict(cache="none") | order, None), *((how | order, base) for how in cached)]
+def settings(model, how):
+    """-> settings of generate, in which steps is a number."""
+    found = {name: model.extra[name] for name in ("gen_length", "block_length")} | how
+    return found | {"steps": round(found["gen_length"] * how[key]) for key in how if key == "steps"}
 
-    base, order = len(found), dict(remasking="random")
-    return found + [(dict(cache="none") | order, None),
-                    (dict(cache="greedy", refresh=2) | order, base)]
+def runs(model, rules=tuple(RULES), names=CACHES):
+    """-> [(rule, settings, number of the run to compare with)]. No cache always runs."""
+    found = []
+    for rule in rules:
+        base, more = len(found), dict(freecache=[dict(delay=True)])
+        if rule == "one-a-step":  # what the delay and the refresh do
+            more |= dict(decode=[dict(refresh=NEVER), dict(delay=False),
+                                 dict(refresh=NEVER, delay=False)], local=[dict(delay=False)])
+        for cache in ("none", *(name for name in CACHES[1:] if name in names)):
+            for own in ({}, *more.get(cache, [])):
+                how = dict(cache=cache, **RULES[rule], **own)
+                with contextlib.suppress(ValueError):  # the rule refuses this cache
+                    check(model.config, LOOPS, **settings(model, how))
+                    found.append((rule, how, base))
+    return found
 
 def start_worker(ckpt, device):
     global model, tokenizer
@@ -53,12 +68,13 @@ def start_worker(ckpt, device):
 
 def answer(how, run, first, n):
     """Run number `run`, with the settings `how`, on n problems -> dict of lists and counts; `full`
-    is what all steps without a cache would run."""
-    share = how.get("steps", 1)
-    steps = round(model.extra["gen_length"] * share)
-    a = answer_problems(model, tokenizer, first, n, batch_size=n, **how | dict(steps=steps))
-    return dict(run=run, first=first, right=a.right, ids=a.ids,
-                ran=a.positions_run, full=round(a.positions_full / share))
+    is what one token a step without a cache would run, `wide` counts steps that run everything."""
+    wide, given = [], settings(model, how)
+    if how["cache"] == "entropy":  # only there it is not known ahead. Beyond a row's end x is -1
+        given["on_step"] = lambda _, x, ran, new: wide.append((ran | (x < 0)).all(1).sum())
+    a = answer_problems(model, tokenizer, first, n, batch_size=n, **given)
+    return dict(run=run, first=first, right=a.right, ids=a.ids, ran=a.positions_run,
+                full=a.positions_full, steps=a.steps, wide=int(sum(wide)))
 
 def read_log(path, head):
     """-> what an earlier call has logged, {} if there is nothing. Only a whole line counts."""
@@ -100,7 +116,7 @@ def collect(args, runs, path, text):
     except BrokenProcessPool:
         raise ValueError("a worker process was killed, perhaps because memory ran out: "
                          "try --workers 1 (with a log, the same command resumes)") from None
-    zeros = dict(right=[], ids=[], ran=0, full=0)
+    zeros = dict(right=[], ids=[], ran=0, full=0, steps=0, wide=0)
     return [{key: sum((parts[run, first][key] for first in firsts), zero)
              for key, zero in zeros.items()} for run in range(len(runs))]
 
@@ -118,28 +134,27 @@ def paired(a, b, z=1.96):
     half = z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
     return 100 * (more - less) / n, max(-100, 100 * (p - q - half)), min(100, 100 * (p - q + half))
 
-def row(how, mine, base, G):
-    """A line of the table, from the answers of this run and of the one to compare with, or None."""
-    share, low, high = wilson(sum(mine["right"]), len(mine["right"]))
-    against = same = ""
-    if base:
+def row(rule, how, mine, base):
+    """A line of the table, from the answers of this run and of the one to compare with."""
+    n, against, same = len(mine["right"]), "", ""
+    share, low, high = wilson(sum(mine["right"]), n)
+    if mine is not base:
         against = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*paired(mine["right"], base["right"]))
         equal = [x == y for a, b in zip(mine["ids"], base["ids"]) for x, y in zip(a, b)]
         same = f"{100 * sum(equal) / len(equal):.1f}%"
-    refresh, order = how.get("refresh", ""), how.get("remasking", "low_confidence")
-    cells = [how["cache"] + ("" if how.get("delay", True) else ", no delay"),
-             order.replace("_", " "), round(G * how.get("steps", 1)),
-             "never" if refresh == NEVER else refresh,
-             how.get("window", 4) if how["cache"] == "greedy" else "",
+    words = {("refresh", NEVER): ", never refreshed", ("delay", False): ", no delay",
+             ("delay", True): ", delay", ("cache", "entropy"):
+             f" ({100 * mine['wide'] / mine['steps']:.0f}% of steps full)"}
+    cells = [rule.replace("-", " "), how["cache"] + "".join(words.get(x, "") for x in how.items()),
              f"{share:.1f}% [{low:.1f}, {high:.1f}]", against,
-             f"{mine['full'] / mine['ran']:.2f}x", same]
-    return "| " + " | ".join(map(str, cells)) + " |"
+             f"{mine['full'] / mine['ran']:.2f}x", f"{mine['steps'] / n:.1f}", same]
+    return "| " + " | ".join(cells) + " |"
 
 def parser(doc, n):
     """With the flags that figures.py has too."""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default="tiny")
-    p.add_argument("--n", type=int, default=n, help=f"problems ({n})")
+    p.add_argument("-n", "--n", type=int, default=n, help=f"problems ({n})")
     p.add_argument("--batch-size", type=int, default=50, help="problems answered at once (50)")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     p.add_argument("--workers", type=int, help="of one thread each (CPU: one per core; CUDA: 1)")
@@ -159,19 +174,22 @@ def load_problems(args):
 def main(argv=None):
     p = parser(__doc__, 1000)
     p.add_argument("--log", metavar="FILE", help="keep every answer there, and resume")
+    for flag, all_ in ("--rules", RULES), ("--caches", CACHES):
+        p.add_argument(flag, nargs="+", choices=all_, default=tuple(all_), metavar="NAME",
+                       help=f"of {', '.join(all_)} (all)")
     args = p.parse_args(argv)
     check_bounds(args, n=1, batch_size=1, workers=1)
     if args.log is not None:
         check_out(args.log, "--log")
     model, _ = load_problems(args)
-    G, dtype, found = model.extra["gen_length"], model.wte.weight.dtype, runs()
-    joined = collect(args, [how for how, _ in found], args.log, repr(found))
-    print(f"{args.n} problems, {G} tokens each, blocks of {model.extra['block_length']}, "
-          f"{args.device}, {str(dtype)[6:]}, batches of {args.batch_size}\n\n"
-          "| cache | order | steps | refresh | window | exact | against none | fewer positions "
-          "| same tokens |\n" + "|---" * 9 + "|")
-    for (how, base), mine in zip(found, joined):
-        print(row(how, mine, None if base is None else joined[base], G))
+    dtype, found = model.wte.weight.dtype, runs(model, dict.fromkeys(args.rules), args.caches)
+    joined = collect(args, [how for _, how, _ in found], args.log, repr(found))
+    print(f"{args.n} problems, {model.extra['gen_length']} tokens each, blocks of "
+          f"{model.extra['block_length']}, {args.device}, {str(dtype)[6:]}, batches of "
+          f"{args.batch_size}\n\n| rule | cache | exact | against none | fewer positions "
+          "| forwards | same tokens |\n" + "|---" * 7 + "|")
+    for (rule, how, base), mine in zip(found, joined):
+        print(row(rule, how, mine, joined[base]))
     return 0
 
 if __name__ == "__main__":

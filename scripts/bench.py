@@ -2,11 +2,14 @@
 
 python scripts/bench.py                     random weights, 42 million parameters, batch 1
 python scripts/bench.py --preset tiny       the shape of the bundled model; --ckpt my.pt: a file's
+python scripts/bench.py --caches dual local some of the caches, beside none
 python scripts/bench.py --scale             growth with the length: 128 to 2048 tokens in all
 
 All runs take turns in one process, after a warm-up; times are medians. Speed does not depend on
-the weights, so a preset's are random. No cache and Decode decode by confidence, Greedy in a fixed
-random order: every run does the same work every time. Measure on an idle machine.
+the weights, so a preset's are random. Greedy decodes in a fixed random order, all others by
+confidence, in blocks of 32 where that divides --gen-length: every run does the same work every
+time. To random weights every token is doubtful, so of entropy only the cheapest case is timed, in
+which none is: "entropy never". Caches that refuse --steps are left out. Use an idle machine.
 
 seconds    of one run;  tokens_per_s: generated tokens of all prompts
 positions  run, per prompt
@@ -23,9 +26,11 @@ their arithmetic. The other steps get random logits for two ids, at hardly any c
 is interpolated between timed ones of the same kind. Positions and arithmetic are exact.
 """
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -39,8 +44,10 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from dkv_min import LOOPS, generate
+from caches import CACHES, LOOPS
+from dkv_min import generate
 from model import LLADA_8B, Config, DiffusionLM, load
+from scripts.accuracy import NEVER
 from support.arithmetic import matmul_peak, work
 from support.checkpoint import atomic_write
 from support.cli import Parser, check_bounds, check_out, launch, pick_device
@@ -53,6 +60,12 @@ PRESETS = {"tiny": Config(n_layer=3, n_head=4, n_kv_head=4, n_embd=256, n_ff=704
                          n_vocab=16384, max_len=4096, mask_id=16383),
            "llada-8b": LLADA_8B}
 LENGTHS = [128, 256, 512, 1024, 2048]  # of --scale
+
+# how a cache is run: {what its name is followed by: settings}
+FORMS = dict(decode={" 8": dict(refresh=8), " never": dict(refresh=NEVER)},
+             greedy={" 2": dict(refresh=2), " 8": dict(refresh=8)},
+             freecache={"": {}, ", delay": dict(delay=True)},
+             entropy={" never": dict(tau=math.inf)})
 
 def stamp(device):
     """A moment; on CUDA an event in the queue, so that nothing waits for the clock."""
@@ -91,19 +104,20 @@ class Meter:
     def __getattr__(self, name):
         return getattr(self.model, name)
 
-    def __call__(self, tokens, pos=None, cache=None, rows=None, pad=None):
+    def __call__(self, tokens, pos=None, cache=None, rows=None, pad=None, seen=None):
         (B, n), c, i = tokens.shape, self.model.config, len(self.calls)
+        T = n if cache is None else cache.T
         m, real = n if rows is None else rows.shape[1], self.steps is None or i in self.steps
         self.config.n_vocab = c.n_vocab if real else 2
         self.entered.append(stamp(tokens.device))
         if real:
-            logits = self.model(tokens, pos, cache, rows, pad)
+            logits = self.model(tokens, pos, cache, rows, pad, seen)
             self.ran.append(i)
         else:
             logits = torch.rand(B, m, 2, device=tokens.device)
         self.left.append(stamp(tokens.device))
         # the step's kind (does it run everything?), and its arithmetic
-        self.calls.append((pos is None, work(c, B, n, m, n if cache is None else cache.T)))
+        self.calls.append((n >= T, work(c, B, n, m, T)))
         return logits
 
     def add_up(self, a, b):
@@ -129,7 +143,8 @@ def spread(calls, n):
 class Bench:
     """Runs of one model at one setting."""
     def __init__(self, model, B, P, G, steps=None, block_length=None):
-        self.model, self.device, L = model, model.wte.weight.device, block_length or G
+        self.model, self.device = model, model.wte.weight.device
+        L = block_length or default_block(G)
         self.size = dict(batch=B, prompt_len=P, gen_length=G, total_length=P + G)
         self.shared = dict(gen_length=G, steps=steps or G, block_length=L)
         rng, ids = random.Random(0), set(range(min(256, model.config.n_vocab)))
@@ -155,18 +170,21 @@ class Bench:
     def compare(self, todo, args, columns=None):
         """Times the runs in turn, no cache first, and prints these columns -> rows. args.sample:
         steps of each kind, 0: all; None becomes 16 if no cache takes over a minute, or 0."""
-        # an empty set of steps: the network never runs, only to know the steps
-        calls = {name: self.run(how, set())[0].calls for name, how in todo.items()}
+        calls = {}
+        for name, how in todo.items():
+            with contextlib.suppress(ValueError):  # refused: too many tokens a step
+                # an empty set of steps: the network never runs, only to know the steps
+                calls[name] = self.run(how, set())[0].calls
+        for name in (*calls, "none"):  # warms up; the last one tells how long no cache takes
+            two = self.run(todo[name], spread(calls[name], 2))[1]
         if args.sample is None:
-            two = self.run(todo["none"], spread(calls["none"], 2))[1]
             args.sample = 16 if two["seconds"] > 60 else 0
-        steps = {name: spread(calls[name], args.sample) if args.sample else None for name in todo}
-        found, rows = {name: [] for name in todo}, []
-        turns = [*itertools.product(range(args.repeats + 1), todo)]
-        for repeat, name in (bar := tqdm(turns, unit="run", leave=False, disable=None)):
+        steps = {name: spread(calls[name], args.sample) if args.sample else None for name in calls}
+        found, rows = {name: [] for name in calls}, []
+        turns = [*itertools.product(range(args.repeats), calls)]
+        for _, name in (bar := tqdm(turns, unit="run", leave=False, disable=None)):
             bar.set_description("batch {batch}, length {total_length}, ".format(**self.size) + name)
-            figures = self.run(todo[name], steps[name])[1]
-            found[name] += [figures] if repeat else []  # the first is the warm-up
+            found[name].append(self.run(todo[name], steps[name])[1])
         for name, (first, *others) in found.items():
             mid = {k: float(np.median([v, *(f[k] for f in others)])) if isinstance(v, float) else v
                    for k, v in first.items()}
@@ -177,14 +195,19 @@ class Bench:
                 print(line(columns, rows[-1]), flush=True)
         return rows
 
-def runs(block_steps, window, decode, greedy, half=None):
-    """-> {name: settings}. A refresh of a block's steps or more, or None, is never."""
+def default_block(G):
+    return 32 if G % 32 == 0 else G
+
+def runs(names, window, refresh=None, half=None):
+    """-> {name: settings}, no cache first. refresh: one of dKV-Cache's instead of those in FORMS"""
     found = dict(none=dict(cache="none"))
     found |= {"none, half the steps": dict(cache="none", steps=half)} if half else {}
-    for cache, refreshes, more in (("decode", decode, {}), ("greedy", greedy, dict(window=window))):
-        for r in (min(r or block_steps, block_steps) for r in refreshes):
-            name = f"{cache} {'never' if r == block_steps else r}"
-            found[name] = dict(cache=cache, refresh=r, **more)
+    for cache in names:
+        forms = FORMS.get(cache, {"": {}})
+        if refresh and cache in ("decode", "greedy", "pd"):
+            forms = {f" {refresh}": dict(refresh=refresh)}
+        own = dict(cache=cache, **dict(window=window) if cache == "greedy" else {})
+        found |= {cache + name: own | form for name, form in forms.items()}
     return found
 
 # fields and formats of the two tables
@@ -239,18 +262,18 @@ def said(sample):
 
 def table(args, device):
     P, G, B = args.prompt_len or 64, args.gen_length or 256, args.batch or 1
-    steps, L = (G if given is None else given for given in (args.steps, args.block_length))
+    steps, L = args.steps or G, args.block_length or default_block(G)
+    args.block_length = L
     model, how = prepare(args, device, args.preset or "42m", [(P, G)], batch=B, prompt_len=P,
                          gen_length=G, steps=steps, block_length=L)
-    cuda, block_steps, refresh = device.type == "cuda", steps * L // G, [args.refresh]
+    cuda = device.type == "cuda"
     speed = bandwidth(torch.ones(2**30 if cuda else 2**26, device=device))
     peak = matmul_peak(device, model.wte.weight.dtype, 8192 if cuda else 2048)
     print(f"memory is read at {speed / 1e9:.1f} GB/s; matrix products do {peak / 1e9:,.0f} GFLOP/s",
           flush=True)
 
-    half = steps // 2 if block_steps % 2 == 0 else None
-    todo = runs(block_steps, args.window, refresh, refresh) if args.refresh else runs(
-        block_steps, args.window, [4, 8, 16, None], [2, 4, 8], half)
+    half = steps // 2 if not (args.caches or args.refresh or steps * L // G % 2) else None
+    todo = runs(args.caches or CACHES, args.window, args.refresh, half)
     rows = Bench(model, B, P, G, steps, L).compare(todo, args)
     # of the embedding only a few rows are read
     weights = sum(p.nbytes for name, p in model.named_parameters() if name != "wte.weight")
@@ -264,16 +287,18 @@ def table(args, device):
     return dict(conditions=how, sampled=args.sample, bandwidth=speed, matmul_peak=peak, runs=rows)
 
 def scale(args, device):
-    lengths, B, refresh = sorted(set(args.scale)) or LENGTHS, args.batch or 1, args.refresh or 8
+    lengths, B = sorted(set(args.scale)) or LENGTHS, args.batch or 1
     if len(lengths) < 2 or lengths[0] < 4:
         raise ValueError(f"--scale {' '.join(map(str, lengths))}: growth needs at least two "
                          "lengths, of at least 4 tokens each")
     sizes, found = [(T // 4, T - T // 4) for T in lengths], []
     model, how = prepare(args, device, args.preset or "42m", sizes, batch=B)
-    print("the prompt is a quarter of the total length, a step generates a token, one block; "
+    print("the prompt is a quarter of the total length, a step generates a token, blocks of "
+          "32 where that divides the rest; "
           f"{said(args.sample)}\n\n{line(SCALE)}")
     for P, G in sizes:
-        todo = runs(G, args.window, [refresh], [refresh, None])
+        todo = runs(args.caches or ("decode", "greedy", "dual", "local"), args.window,
+                    args.refresh or 8)
         found += Bench(model, B, P, G).compare(todo, args, SCALE)
     return dict(conditions=how, sampled=args.sample, runs=found)
 
@@ -289,12 +314,14 @@ def main(argv=None):
     for flag, unit, text in (
             ("--prompt-len", "TOKENS", "(64)"), ("--gen-length", "TOKENS", "(256)"),
             ("--steps", "STEPS", "(as many as tokens)"), ("--batch", "ROWS", "(1)"),
-            ("--block-length", "TOKENS", "(one block)"), ("--window", "TOKENS", "of greedy (4)"),
-            ("--refresh", "STEPS", "this one instead of 4, 8, 16, never and 2, 4, 8 (--scale: 8)"),
+            ("--block-length", "TOKENS", "(32)"), ("--window", "TOKENS", "of greedy (4)"),
+            ("--refresh", "STEPS", "of decode, greedy and pd (8, never; 2, 8; 8. --scale: 8)"),
             ("--repeats", "RUNS", "(3)"),
             ("--sample", "N", "time N steps of each kind of a run, 0: all (16 where no cache takes "
              "over a minute, and with --scale)")):
         p.add_argument(flag, type=int, metavar=unit, help=text)
+    p.add_argument("--caches", nargs="+", choices=CACHES, metavar="NAME",
+                   help=f"of {', '.join(CACHES)} (all; --scale: a few)")
     p.set_defaults(window=4, repeats=3)
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
@@ -303,7 +330,7 @@ def main(argv=None):
                    help=f"growth over these total lengths ({' '.join(map(str, LENGTHS))})")
     args = p.parse_args(argv)
     check_bounds(args, prompt_len=1, gen_length=1, batch=1, repeats=1, refresh=1, window=0,
-                 sample=0)
+                 sample=0, steps=1, block_length=1)
     if args.sample == 1:
         raise ValueError("--sample is 1, and has to be 0 (every step) or at least 2")
     if args.json is not None:

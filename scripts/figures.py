@@ -24,7 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from dkv_min import KVCache, generate
 from scripts import bench
-from scripts.accuracy import NEVER, collect, load_problems, parser, wilson
+from scripts.accuracy import NEVER, collect, load_problems, parser, settings, wilson
 from support.checkpoint import atomic_write, first_line
 from support.cli import ROOT, check_bounds, check_out, launch
 from support.evaluate import encode
@@ -32,9 +32,6 @@ from support.watch import MARKS, marks_of
 
 PARTS = ("watch", "settle", "length", "quality")
 BEFORE, AFTER = 8, 16  # steps around the decoding
-
-def settings(model, **how):
-    return {name: model.extra[name] for name in ("gen_length", "block_length")} | how
 
 def measure_watch(model, tokenizer, ids):
     """-> per run the marks of --watch, a string per step, and the texts of the final tokens."""
@@ -44,7 +41,7 @@ def measure_watch(model, tokenizer, ids):
                       ("Decode, refresh 8", dict(cache="decode", refresh=8)),
                       ("Greedy, refresh 8, window 4", greedy)):
         steps, g = [], torch.Generator().manual_seed(0)
-        r = generate(model, [ids], generator=g, **settings(model, **how), on_step=lambda _, *what:
+        r = generate(model, [ids], generator=g, **settings(model, how), on_step=lambda _, *what:
                      steps.append([t[0].tolist() for t in what]))
         rows = ["".join(marks_of(*step, model.config.mask_id)) for step in steps]
         texts = ["~" if t in ends else tokenizer.decode([t]) for t in r.tokens[0]]
@@ -64,13 +61,14 @@ def trace(model, ids, **how):
         nonlocal x
         fresh = KVCache(model, 1, x.shape[1])
         model(x, None, fresh, torch.zeros(1, 1, dtype=torch.int64, device=device))
-        kv = [torch.stack([c.k, c.v])[:, :, 0].flatten(3) for c in (caches[0] or fresh, fresh)]
+        kv = [torch.stack([c.k, c.v])[:, :, 0, :c.T].flatten(3)  # without the spare column
+              for c in (caches[0] or fresh, fresh)]
         caches.clear()
         steps.append([t.cpu() for t in (x[0], run[0], decoded[0], *kv)])
         x = tokens
 
     with model.register_forward_hook(lambda module, args, out: caches.append(args[2])):
-        generate(model, [ids], on_step=look, **settings(model, **how))
+        generate(model, [ids], on_step=look, **settings(model, how))
     *rows, cached, fresh = zip(*steps)
     answer = torch.arange(x.shape[1]) >= len(ids)
     ends = answer & (x[0] == config.eos_id).cpu()
