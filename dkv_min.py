@@ -23,7 +23,7 @@ finished before the next one starts. In the loops
     i     the step within the block
     c, k  how many tokens of the block are revealed before the step, and how many in it
     cand  (B, m) columns where the step may reveal a token
-    pos   (B, n) columns that run; None for all
+    pos   (B, n) columns that run; a number for that column and all after it; None for all
     rows  (B, m) where cand are in pos, and so which rows need logits (B, m, V)
     new   (B, k) columns that the step revealed
 
@@ -43,7 +43,7 @@ import torch
 
 from support import batch
 from support.batch import end_block, record
-from support.decoding import reveal, steps, unmask_schedule
+from support.decoding import block_schedules, reveal, steps, unmask_schedule
 from support.settings import REMASKING, check, check_lengths, check_prompts, loop_settings
 
 # --------------------------------------------------------------------------------------------------
@@ -84,19 +84,26 @@ class Batch:
     P: int                      # prompts are left-padded to this length
     T: int
     L: int                      # block_length
-    schedule: list              # [(c, k)] of a block's steps, from unmask_schedule
+    schedule: list              # for each block [(c, k)] of its steps, from unmask_schedule
     threshold: float | None     # reveal what is as probable as this, instead of the schedule
     config: object              # the model's
+    un: bool                    # shifted logits, Decode or PD: see place
     order: torch.Tensor | None  # (B, gen_length) columns in reveal order; None: by confidence
     noise: torch.Tensor | None  # (B, steps, L) uniform draws; None at temperature 0
     pad: torch.Tensor | None    # (B,) left padding of each row; None if there is none
     temperature: float
+    top_p: float | None
+    top_k: int | None
+    remasking: str
     cfg_scale: float
     suppress_eos: str | None
     stop_at_eos: bool
     book: batch.Book            # which prompts are left, positions run, on_step
     step: int = 0               # calls of the model so far
-    turn: int = 0               # the step's place in noise
+    # of the step, for its helpers
+    lo: int = 0                 # the block's first column
+    turn: int = 0               # its place in noise
+    ran: torch.Tensor | None = None  # the columns that ran
 
 @dataclass
 class Result:
@@ -133,7 +140,7 @@ def generate_decode(model, s, refresh=8, delay=True):
             cand = candidates(s, lo, c, k)
             # ------------------------------------------------- which positions run
             if i < 2 or i % refresh == 0:  # all. At i = 1 too: the authors keep nothing of i = 0
-                pos, rows = None, cand
+                pos, rows = (lo, cand - lo) if s.config.shift and i % refresh else (None, cand)
             else:  # the masks, and what was revealed one step ago
                 masks = first_masks(s, lo, s.T - lo - c)
                 pos = torch.cat([masks, new], 1) if delay else masks
@@ -211,10 +218,32 @@ def nearest_masks(s, cand, window, n_left):
         available = available.scatter(1, near[-1], False)
     return torch.cat(near, 1)
 
+def place(s, pos, rows):
+    """-> (B, n) columns that run, None for all, and (B, m) which of them propose the tokens of the
+    candidates at pos[rows]: themselves, or with shifted logits the columns before them."""
+    shift, T = int(s.config.shift), s.T
+    if pos is None:
+        return None, rows - shift
+    if isinstance(pos, int):  # column pos - shift is row 0: the rows stay
+        return columns(s, s.lo, pos - shift, T), rows
+    if s.un:  # all one to the left: "un" of the authors' code for Dream, which freezes masks too
+        return pos.where(pos == T, pos - 1), rows
+    if shift:  # the columns before the candidates run as well, each column once
+        cand = pos.gather(1, rows.clamp(max=pos.shape[1] - 1))                 # (B, m)
+        before = cand.where(cand == T, cand - 1)
+        pos = torch.cat([pos, before], 1).sort(dim=1).values                   # (B, n + m)
+        pos[:, 1:] = pos[:, 1:].where(pos[:, 1:] != pos[:, :-1], T)
+        most = int((pos < T).sum(1).max())  # waits for the device
+        pos = pos.sort(dim=1).values[:, :most].contiguous()
+        rows = torch.searchsorted(pos, before)
+    return pos, rows
+
 def forward(model, s, pos, rows, cache, seen=None):
     """Runs columns pos (B, n) -> the float32 logits of `rows` (B, m) among them, (B, m, V). seen
     (B, T) bool: the columns that are attended, None: all. With guidance the batch is doubled, the
     second half with its prompt masked (LLaDA's generate.py)."""
+    pos, rows = place(s, pos, rows)
+    s.ran = pos
     x, pad = (s.x[:, :s.T] if pos is None else s.x.gather(1, pos)), s.pad      # (B, n)
     rows = rows.clamp(max=x.shape[1] - 1)  # of a spare candidate, T, any row will do
     if s.cfg_scale:
@@ -245,8 +274,9 @@ def find(table, cache):
 
 @torch.inference_mode()
 def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_length=None,
-             threshold=None, temperature=0.0, remasking=None, cfg_scale=0.0, stop_at_eos=False,
-             suppress_eos=None, order=None, generator=None, on_step=None, **settings):
+             schedule="llada", threshold=None, temperature=0.0, top_p=None, top_k=None,
+             remasking=None, cfg_scale=0.0, stop_at_eos=False, suppress_eos=None, order=None,
+             generator=None, on_step=None, **settings):
     """Generates gen_length tokens after each prompt -> Result. Arguments that cannot work raise a
     ValueError of one sentence.
 
@@ -255,11 +285,16 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
     gen_length   tokens to generate
     steps        denoising steps over all blocks; None: gen_length
     block_length tokens of a block; None: gen_length
+    schedule     how many tokens a step reveals: "llada", as many in each; "dream", Dream's counts,
+                 with steps that reveal none, and more steps than tokens if you like
     threshold    instead of steps: each step reveals the tokens of the block whose probability at
                  temperature 1 reaches it, and always the most probable one
     temperature  0: the most probable token
-    remasking    which tokens come first: "low_confidence" (the default of none and decode),
-                 "random" (the default of greedy) or "left_to_right"; greedy cannot use the first
+    top_p, top_k draw only from the most probable tokens, of this sum or this many; they count for
+                 the confidence as well, which a temperature never does
+    remasking    which tokens come first: by "low_confidence" (the default), by "margin" (first
+                 minus second probability) or "entropy", "random" (greedy's default) or
+                 "left_to_right" (a causal model's); greedy needs one of the last two
     cfg_scale    classifier-free guidance; 0: off
     stop_at_eos  start no block after one that contains EOS
     suppress_eos "logits": never emit EOS; "confidence": reveal positions that propose EOS or EOT
@@ -278,9 +313,10 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
     began = time.perf_counter()
     loops = find("LOOPS", cache)
     how = check(model.config, loops, cache=cache, gen_length=gen_length, steps=steps,
-                block_length=block_length, threshold=threshold, temperature=temperature,
-                remasking=remasking, cfg_scale=cfg_scale, stop_at_eos=stop_at_eos,
-                suppress_eos=suppress_eos, order=order, **settings)
+                block_length=block_length, schedule=schedule, threshold=threshold,
+                temperature=temperature, top_p=top_p, top_k=top_k, remasking=remasking,
+                cfg_scale=cfg_scale, stop_at_eos=stop_at_eos, suppress_eos=suppress_eos,
+                order=order, **settings)
     prompts = check_prompts(model.config, prompts, gen_length)
     s = Batch(**batch.start(model, prompts, how, order, generator, on_step))
     loops[cache](model, s, **loop_settings(loops[cache], settings))
@@ -298,9 +334,10 @@ COSTS = {
 }
 
 def cache_cost(prompt_len, gen_length=128, steps=None, block_length=None, cache="none",
-               threshold=None, **settings):
+               schedule="llada", threshold=None, shift=False, **settings):
     """Positions that one prompt runs, in closed form. Result.positions_run has to equal it, and
-    with stop_at_eos to be at most that. settings: those of the loop, as in generate."""
+    with stop_at_eos to be at most that. shift: that of the model's config; settings: those of the
+    loop, as in generate."""
     costs, loops = find("COSTS", cache), find("LOOPS", cache)
     if threshold is not None or cache not in costs:
         what = "a threshold" if threshold is not None else f"cache {cache!r}"
@@ -308,11 +345,11 @@ def cache_cost(prompt_len, gen_length=128, steps=None, block_length=None, cache=
                          f"for {', '.join(find('COSTS', None))}")
     settings = loop_settings(loops[cache], settings)
     steps, L, T = steps or gen_length, block_length or gen_length, prompt_len + gen_length
-    check_lengths(gen_length, steps, L, **settings)
-    schedule, total = unmask_schedule(L, steps * L // gen_length), 0
-    for lo in range(prompt_len, T, L):
-        for i, (c, k) in enumerate(schedule):
+    check_lengths(gen_length, steps, L, schedule, **settings)
+    total = 0
+    for lo, block in zip(range(prompt_len, T, L), block_schedules(gen_length, L, steps, schedule)):
+        for i, (c, k) in enumerate(block):
             at = SimpleNamespace(P=prompt_len, T=T, L=L, lo=lo, i=i, c=c, k=k, m=T - lo - c,
-                                 ago=schedule[i - 1][1] if i else 0, schedule=schedule)
+                                 ago=block[i - 1][1] if i else 0, schedule=block, shift=shift)
             total += costs[cache](at, **settings)
     return total

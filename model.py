@@ -3,8 +3,9 @@ positions, attention, MLP, block, model; then the loss that it is trained with, 
 
 The network is LLaDA's (arXiv 2502.09992): a Llama-style transformer without the causal mask. Every
 position attends to every other one, and the logits at a position predict the token at that position
-(no shift). One thing is unusual, and dkv_min.py rests on it: forward() runs only the positions that
-it is given, and takes the keys and values of all others from a cache.
+(no shift). Two booleans of the config make it Dream's, or an autoregressive model's. One thing is
+unusual, and dkv_min.py rests on it: forward() runs only the positions that it is given, and takes
+the keys and values of all others from a cache.
 
 Shapes: B rows, T positions in all, n positions run now, m positions that need logits, C = n_embd,
 nh heads, nkv key/value heads, hs head size, V = vocab_size.
@@ -40,6 +41,10 @@ class Config:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     qkv_bias: bool = False
+    # two booleans make three families: LLaDA has neither, Dream shift, GPT and Qwen both
+    shift: bool = False          # the logits at a position are about the token after it
+    causal: bool = False         # attend to no later position
+    tied: bool = False           # head and embedding are one tensor
 
     @property
     def head_dim(self):
@@ -102,6 +107,8 @@ class Attention(nn.Module):
         q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)                        # (B, n, heads, hs)
         if rows is not None:
             q = q.take_along_dim(rows[..., None, None], 1)                     # (B, m, nh, hs)
+            if mask is not None and mask.shape[2] > 1:  # causal: a mask for each query
+                mask = mask.take_along_dim(rows[:, None, :, None], 2)          # (B, 1, m, T)
         q, k, v = (t.transpose(1, 2) for t in (q, *store(k, v)))               # (B, heads, ., hs)
         if self.written_out_is_faster(q, k):
             score = q @ k.transpose(2, 3) * self.head_dim ** -0.5              # (B, nh, m, T)
@@ -153,6 +160,7 @@ class DiffusionLM(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie()
         for name, p in self.named_parameters():
             if name.endswith(("o.weight", "down.weight")):  # GPT-2's scaling of the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -160,6 +168,10 @@ class DiffusionLM(nn.Module):
                 nn.init.zeros_(p)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
+
+    def tie(self):
+        if self.config.tied:
+            self.head.weight = self.wte.weight
 
     def forward(self, tokens, pos=None, cache=None, rows=None, pad=None, seen=None):
         """Runs the given positions and returns logits.
@@ -180,13 +192,19 @@ class DiffusionLM(nn.Module):
         # who is where, and who is attended
         device, mask = tokens.device, None
         where = torch.arange(n, device=device)[None] if pos is None else pos   # (B or 1, n)
+        keys = where if cache is None else torch.arange(cache.T, device=device)[None]
+        if self.config.causal:
+            mask = keys[:, None] <= where[..., None]                           # (B or 1, n, T)
         if pad is not None:
-            keys = where if cache is None else torch.arange(cache.T, device=device)[None]
-            mask = keys >= pad[:, None]                                        # (B, T)
+            first = pad[:, None, None]
+            if self.config.causal:  # padding attends to itself: a row of no keys would be NaN
+                first = first.minimum(where[..., None])                        # (B, n, 1)
+            real = keys[:, None] >= first                                      # (B, 1 or n, T)
+            mask = real if mask is None else mask & real
             where = (where - pad[:, None]).clamp(min=0)                        # (B, n)
         if seen is not None:
-            mask = seen if mask is None else mask & seen
-        mask = mask if mask is None else mask[:, None, None]                   # (B, 1, 1, T)
+            mask = seen[:, None] if mask is None else mask & seen[:, None]
+        mask = mask if mask is None else mask[:, None]                         # (B, 1, 1 or n, T)
         cos_sin = rope(where, self.config.head_dim, self.config.rope_theta)    # (B or 1, n, 1, hs)
         x = self.wte(tokens)                                                   # (B, n, C)
         for i, block in enumerate(self.blocks):
@@ -230,9 +248,14 @@ def diffusion_loss(model, tokens, masked, weight, pad=None):
 # --------------------------------------------------------------------------------------------------
 # one file with config, weights, tokenizer and extra: nothing else is needed to sample
 
+def stored(model):
+    """-> {name: tensor} of a file: a tied head is the embedding, and is stored once."""
+    return {name: p for name, p in model.state_dict().items()
+            if not (model.config.tied and name == "head.weight")}
+
 def save(path, model, tokenizer=None):
     """Writes a checkpoint, atomically; weights keep their dtype. Raises ValueError if it cannot."""
-    weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
+    weights = {name: p.detach().cpu() for name, p in stored(model).items()}
     data = {"format": checkpoint.FORMAT, "config": dataclasses.asdict(model.config),
             "weights": weights, "tokenizer": tokenizer.state() if tokenizer else None,
             "extra": model.extra}
@@ -252,8 +275,9 @@ def load(path, device="cpu", dtype=None):
             raise ValueError(fault or f"n_layer {config.n_layer} is more than the weights have")
         with torch.device("meta"):  # shapes only; the weights come from the file
             model = DiffusionLM(config)
-        checkpoint.check_weights(weights, model.state_dict())
-        model.load_state_dict(weights, assign=True)
+        checkpoint.check_weights(weights, stored(model))
+        model.load_state_dict(weights, assign=True, strict=False)  # all names were checked
+        model.tie()
         model.extra = checkpoint.check_extra(data["extra"])
         tokenizer = Tokenizer.from_state(data["tokenizer"]) if data["tokenizer"] else None
     except Exception as e:  # whatever somebody else's file brings about here

@@ -39,7 +39,7 @@ def generate_entropy(model, s, tau=0.2, recent=64, window=None):
             told = (s.x.gather(1, cand) != s.config.mask_id) & (cand < T)      # (B, m)
             nats = torch.special.entr(logits.softmax(-1)).sum(-1)              # (B, m)
             doubt = nats.masked_fill(~told, -torch.inf).amax(1, keepdim=True) > tau
-            full = doubt.where(busy, full)
+            full = doubt.where(told.any(1, keepdim=True), full)
             # of a step the most confident is the latest; T goes to the front
             last = torch.cat([last, new.flip(1)], 1)
             last = last.gather(1, (last < T).byte().argsort(dim=1, stable=True))

@@ -15,7 +15,7 @@ def generate_prefix(model, s):
             if i == 0:  # all
                 pos, rows = None, cand
             else:  # the block and all after it
-                pos, rows = columns(s, lo, lo, s.T), cand - lo
+                pos, rows = lo, cand - lo
             # -------------------------------------------------
             logits = forward(model, s, pos, rows, cache)
             new = reveal(s, lo, cand, k, logits)

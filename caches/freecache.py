@@ -1,6 +1,6 @@
 """FreeCache (FlashDLM, arXiv 2505.21467): what is finished is frozen. The K/V of the prompt are
 those of the first step, the K/V of a block those of its last step. There is no refresh."""
-from dkv_min import candidates, columns, forward, new_cache
+from dkv_min import candidates, forward, new_cache
 from support.batch import end_block, record
 from support.decoding import reveal, steps
 
@@ -16,8 +16,8 @@ def generate_freecache(model, s, delay=False):
             if lo == s.P and i == 0:  # all
                 pos, rows = None, cand
             else:  # the block and all after it; with the delay the block before it, once
-                start = lo - s.L if delay and i == 0 else lo
-                pos, rows = columns(s, lo, start, s.T), cand - start
+                pos = lo - s.L if delay and i == 0 else lo
+                rows = cand - pos
             # -------------------------------------------------
             logits = forward(model, s, pos, rows, cache)
             new = reveal(s, lo, cand, k, logits)

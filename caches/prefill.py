@@ -2,7 +2,7 @@
 runs everything after it at every step. PD is Prefill and Decode together."""
 import torch
 
-from dkv_min import candidates, columns, first_masks, forward, new_cache
+from dkv_min import candidates, first_masks, forward, new_cache
 from support.batch import end_block, record
 from support.decoding import reveal, steps
 
@@ -16,7 +16,7 @@ def generate_prefill(model, s):
             if lo == s.P and i == 0:  # all
                 pos, rows = None, cand
             else:  # all after the prompt
-                pos, rows = columns(s, lo, s.P, s.T), cand - s.P
+                pos, rows = s.P, cand - s.P
             # -------------------------------------------------
             logits = forward(model, s, pos, rows, cache)
             new = reveal(s, lo, cand, k, logits)
@@ -37,7 +37,7 @@ def generate_pd(model, s, refresh=8, delay=True):
             if lo == s.P and i == 0:  # all
                 pos, rows = None, cand
             elif i < 2 or i % refresh == 0:  # all after the prompt
-                pos, rows = columns(s, lo, s.P, s.T), cand - s.P
+                pos, rows = s.P, cand - s.P
             else:  # the masks, and what was revealed one step ago
                 masks = first_masks(s, lo, s.T - lo - c)
                 pos = torch.cat([masks, new], 1) if delay else masks

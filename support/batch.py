@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from support.decoding import unmask_schedule
+from support.decoding import block_schedules
 from support.settings import check_generators, check_order
 
 @dataclass
@@ -20,8 +20,9 @@ class Book:
 def start(model, prompts, how, order, generator, on_step):
     """-> the fields of a Batch. how: what settings.check returns."""
     config, device = model.config, model.wte.weight.device
-    B, G, L = len(prompts), how["gen_length"], how["block_length"]
-    steps = how["steps"] or G  # under a threshold there is none, and G are the most
+    B, G = len(prompts), how["gen_length"]
+    L = how["block_length"] or 1  # none is given to the autoregressive cache: a token is a block
+    steps = how["steps"] or G  # none is given with a threshold: G are the most
     P = max(map(len, prompts))
     pads = [P - len(p) for p in prompts]
     given = check_generators(generator, B)
@@ -36,7 +37,7 @@ def start(model, prompts, how, order, generator, on_step):
         blocks = range(P, P + G, L)
         columns = torch.stack([torch.cat([torch.randperm(L, generator=g) + lo for lo in blocks])
                                for g in rngs])
-    elif how["remasking"] == "left_to_right":
+    elif how["remasking"] == "left_to_right" or how["cache"] == "autoregressive":
         columns = [list(range(P, P + G))] * B
     noise = None
     if how["temperature"]:
@@ -47,9 +48,11 @@ def start(model, prompts, how, order, generator, on_step):
                      device=device)
     out = x.clone() if how["stop_at_eos"] else x  # else the same tensor: no row leaves
     pad, live = torch.tensor(pads, device=device), torch.arange(B, device=device)
-    same = ("threshold", "temperature", "cfg_scale", "suppress_eos", "stop_at_eos")
+    same = ("threshold", "temperature", "top_p", "top_k", "remasking", "cfg_scale", "suppress_eos",
+            "stop_at_eos")
     return dict(x=x, P=P, T=P + G, L=L, config=config, noise=noise,
-                schedule=unmask_schedule(L, steps * L // G),
+                schedule=block_schedules(G, L, steps, how["schedule"]),
+                un=config.shift and how["cache"] in ("decode", "pd", "autoregressive"),
                 order=None if columns is None else torch.as_tensor(columns, device=device),
                 pad=pad if any(pads) else None,
                 book=Book(out, live, pad, *x.new_zeros(2, B), on_step),
@@ -65,7 +68,7 @@ def own_generator(g):
 def record(s, pos, new):
     """Counts the positions run, and shows the step to on_step. pos (B, n) or None, new (B, k)."""
     s.step += 1
-    book, live = s.book, s.book.live
+    book, live, pos = s.book, s.book.live, s.ran  # with a shift more than the loop's pos
     if pos is None:
         pos = torch.arange(s.T, device=s.x.device).expand(len(s.x), -1)        # (B, T)
     if s.threshold is not None:  # a row that reveals nothing waits for the others

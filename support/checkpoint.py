@@ -120,6 +120,8 @@ def config_fault(config):
         return f"n_embd {c.n_embd} does not split into {c.n_head} heads of even size"
     if c.n_head % c.n_kv_head:
         return f"n_head {c.n_head} is not a multiple of n_kv_head {c.n_kv_head}"
+    if c.causal and not c.shift:
+        return "causal needs shift: a position cannot attend to the token that it predicts"
     if c.n_vocab > c.vocab_size:
         return f"n_vocab {c.n_vocab} is above vocab_size {c.vocab_size}"
     for end in (c.eos_id, c.eot_id):

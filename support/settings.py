@@ -4,9 +4,12 @@ import operator
 
 import torch
 
-REMASKING = ("low_confidence", "random", "left_to_right")
-LOWEST = {"gen_length": 1, "steps": 1, "block_length": 1, "refresh": 1, "window": 0, "active": 1,
-          "recent": 0}
+from support.decoding import block_schedules
+
+REMASKING = ("low_confidence", "margin", "entropy", "random", "left_to_right")
+AHEAD = ("random", "left_to_right")  # orders that are known ahead
+LOWEST = {"gen_length": 1, "steps": 1, "block_length": 1, "top_k": 1, "refresh": 1, "window": 0,
+          "active": 1, "recent": 0}
 
 def need(good, sentence):
     if not good:
@@ -26,7 +29,7 @@ def loop_settings(loop, given):
         found[key] = value
     return found
 
-def check_lengths(gen_length, steps, block_length, **settings):
+def check_lengths(gen_length, steps, block_length, schedule="llada", **settings):
     given = {name: value for name, value in settings.items() if value is not None}
     numbers = dict(gen_length=gen_length, steps=steps, block_length=block_length, **given)
     for name, value in numbers.items():
@@ -36,69 +39,96 @@ def check_lengths(gen_length, steps, block_length, **settings):
     need(gen_length % block_length == 0,
          f"gen_length {gen_length} is not a multiple of block_length {block_length}")
     blocks = gen_length // block_length
-    need(blocks <= steps <= gen_length,
+    need(blocks <= steps and (steps <= gen_length or schedule == "dream"),
          f"steps is {steps}, and has to be between {blocks}, the number of blocks, and "
-         f"{gen_length}, the tokens to generate")
+         f"{gen_length}, the tokens to generate: more only with schedule dream")
     need(steps % blocks == 0, f"steps {steps} is not a multiple of the number of blocks, "
                               f"{gen_length} / {block_length} = {blocks}")
 
-def check(config, loops, /, *, cache, gen_length, steps=None, block_length=None, threshold=None,
-          temperature=0.0, remasking=None, cfg_scale=0.0, stop_at_eos=False, suppress_eos=None,
-          order=None, **settings):
-    """-> all settings of generate and of the loop, defaults filled in. Raises ValueError at the
-    first one that cannot work. loops: {name of a cache: its loop}"""
-    need(threshold is None or steps is None,
-         f"steps is {steps}, and has no effect with a threshold: leave one of them out")
-    steps = gen_length if steps is None else steps
-    block_length = gen_length if block_length is None else block_length
-    if remasking is None:
-        known = cache == "greedy" or order is not None
-        remasking = "random" if known else "low_confidence"
-    for name, value, known in (("cache", cache, tuple(loops)), ("remasking", remasking, REMASKING),
-                               ("suppress_eos", suppress_eos, (None, "logits", "confidence"))):
-        need(value in known, f"{name} is {value!r}, and has to be one of "
-                             f"{', '.join(map(str, known))}")
+def check(config, loops, /, *, cache, gen_length, steps=None, block_length=None, schedule="llada",
+          threshold=None, temperature=0.0, top_p=None, top_k=None, remasking=None, cfg_scale=0.0,
+          stop_at_eos=False, suppress_eos=None, order=None, **settings):
+    """-> all settings of generate and of the loop, defaults filled in; those that the cache or the
+    threshold makes pointless stay None. Raises ValueError at the first one that cannot work.
+    loops: {name of a cache: its loop}"""
+    names = dict(cache=tuple(loops), schedule=("llada", "dream"), remasking=(None, *REMASKING),
+                 suppress_eos=(None, "logits", "confidence"))
+    values = dict(cache=cache, schedule=schedule, remasking=remasking, suppress_eos=suppress_eos)
+    for name, known in names.items():
+        need(values[name] in known, f"{name} is {values[name]!r}, and has to be one of "
+                                    f"{', '.join(map(str, known)).removeprefix('None, ')}")
     settings = loop_settings(loops[cache], settings)
-    check_lengths(gen_length, steps, block_length, **settings)
     for name, value in (("temperature", temperature), ("cfg_scale", cfg_scale)):
         need(isinstance(value, (int, float)) and 0 <= value <= 1e6,
              f"{name} is {value!r}, and has to be a number from 0 to 1e6")
+    for name, value in (("threshold", threshold), ("top_p", top_p)):
+        good = isinstance(value, (int, float)) and value is not True and 0 < value <= 1
+        need(value is None or good,
+             f"{name} is {value!r}, and has to be a probability above 0 and at most 1")
     tau = settings.get("tau", 0)
     need(isinstance(tau, (int, float)) and tau == tau,
          f"tau is {tau!r}, and has to be a number, of nats")
-    need(threshold is None or isinstance(threshold, float | int) and threshold is not True
-         and 0 < threshold <= 1,
-         f"threshold is {threshold!r}, and has to be a probability above 0 and at most 1")
     for name, value in (("stop_at_eos", stop_at_eos), ("delay", settings.get("delay", True))):
         need(isinstance(value, bool), f"{name} is {value!r}, and has to be True or False")
+    need(config.eos_id is not None or not (stop_at_eos or suppress_eos),
+         "this model has no eos_id, so stop_at_eos and suppress_eos cannot work")
+    how = dict(cache=cache, gen_length=gen_length, steps=steps, block_length=block_length,
+               schedule=schedule, threshold=threshold, temperature=temperature, top_p=top_p,
+               top_k=top_k, remasking=remasking, cfg_scale=cfg_scale, stop_at_eos=stop_at_eos,
+               suppress_eos=suppress_eos, **settings)
+    if cache == "autoregressive":
+        given = [n for n in ("steps", "block_length", "remasking") if how[n] is not None]
+        given += ["an order"] * (order is not None) + ["threshold"] * (threshold is not None)
+        need(not given and schedule == "llada", "the autoregressive cache writes one token after "
+             f"the other: leave out {', '.join(given) or 'schedule'}")
+        need(config.causal, "the autoregressive cache needs a causal model, and this one attends "
+                            "to all positions: use another cache")
+        check_lengths(gen_length, gen_length, gen_length, **settings)
+        return how
+    L = how["block_length"] = gen_length if block_length is None else block_length
+    if remasking is None:
+        remasking = how["remasking"] = (
+            "random" if cache == "greedy" or order is not None else
+            "left_to_right" if config.causal else "low_confidence")
+    n = gen_length if steps is None else steps
+    check_lengths(gen_length, n, L, schedule, top_k=top_k, **settings)
+    if threshold is None:
+        how["steps"] = n
+    most = max(k for block in block_schedules(gen_length, L, n, schedule) for _, k in block)
+    check_together(config, how, order, 0 if threshold else most)
+    return how
+
+def check_together(config, how, order, most):
+    """most: the tokens that a step reveals."""
+    cache, remasking, threshold = how["cache"], how["remasking"], how["threshold"]
+    need(not config.causal or cache == "none" and remasking == "left_to_right" and order is None,
+         "a causal model writes from left to right: use cache none or autoregressive, and leave "
+         "out remasking and order")
+    need(threshold is None or how["steps"] is None and how["schedule"] == "llada",
+         "steps and schedule have no effect with a threshold: leave them out")
     need(threshold is None or cache != "greedy",
          "the greedy cache has to know ahead what is revealed next, which under a threshold nobody "
          "knows: use another cache, or leave out the threshold")
     need(threshold is None or remasking == "low_confidence" and order is None,
          "a threshold reveals the most confident tokens first: leave out the order, and any "
          "remasking but low_confidence")
-    need(cache != "greedy" or remasking != "low_confidence",
+    need(cache != "greedy" or remasking in AHEAD,
          "the greedy cache has to know ahead what is revealed next: use remasking random or "
          "left_to_right, or give an order")
+    need(cache != "greedy" or how["schedule"] == "llada",
+         "the greedy cache runs what a step reveals, and some steps of schedule dream reveal "
+         "nothing: use schedule llada")
     # caches that run only the first masks of the block can reveal only those
-    name, first = next(((n, settings[n]) for n in ("active", "window")
-                        if cache in ("window", "entropy") and n in settings), (None, None))
-    if first is not None:
-        most = -(-gen_length // steps)
-        need(first >= 1 and (threshold is not None or most <= first),
-             f"the {cache} cache runs the first {first} masks ({name}), and a step reveals {most} "
-             f"tokens: give more steps, or a larger {name}")
-        need(remasking in ("low_confidence", "left_to_right"),
-             f"the {cache} cache runs the first {first} masks ({name}), and an order may start "
-             "anywhere: use remasking low_confidence or left_to_right")
+    name = {"window": "active", "entropy": "window"}.get(cache)
+    first = how.get(name)
+    need(first is None or first >= max(1, most),
+         f"the {cache} cache runs the first {first} masks ({name}), and a step reveals {most or 1} "
+         f"tokens: give more steps, or a larger {name}")
+    need(first is None or remasking != "random",
+         f"the {cache} cache runs the first {first} masks ({name}), and an order may start "
+         "anywhere: use another remasking, and no order")
     need(order is None or remasking == "random",
          f"an order is given, so remasking {remasking!r} cannot decide: leave it out")
-    need(config.eos_id is not None or not (stop_at_eos or suppress_eos),
-         "this model has no eos_id, so stop_at_eos and suppress_eos cannot work")
-    return dict(cache=cache, gen_length=gen_length, block_length=block_length, threshold=threshold,
-                steps=steps if threshold is None else None, temperature=temperature,
-                remasking=remasking, cfg_scale=cfg_scale,
-                stop_at_eos=stop_at_eos, suppress_eos=suppress_eos, **settings)
 
 def int_lists(name, lists):
     try:
