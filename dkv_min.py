@@ -328,7 +328,8 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
 COSTS = {
     "none": lambda at: at.T,
     "decode": lambda at, refresh, delay:
-        at.T if at.i < 2 or at.i % refresh == 0 else at.m + delay * at.ago,
+        at.T if at.i % refresh == 0 else at.T - at.shift * (at.lo - 1) if at.i == 1 else
+        at.m + delay * at.ago,
     "greedy": lambda at, refresh, window, delay:
         at.T if at.i % refresh == 0 else at.k + delay * at.ago + min(at.k * window, at.m - at.k),
 }
@@ -339,12 +340,15 @@ def cache_cost(prompt_len, gen_length=128, steps=None, block_length=None, cache=
     with stop_at_eos to be at most that. shift: that of the model's config; settings: those of the
     loop, as in generate."""
     costs, loops = find("COSTS", cache), find("LOOPS", cache)
-    if threshold is not None or cache not in costs:
+    moves = shift and cache in ("greedy", "local", "dual", "window")  # see place: no fixed number
+    if threshold is not None or moves or cache not in costs:
         what = "a threshold" if threshold is not None else f"cache {cache!r}"
+        what += " with shifted logits" * moves
         raise ValueError(f"there is no closed form for {what}: there is one, without a threshold, "
                          f"for {', '.join(find('COSTS', None))}")
     settings = loop_settings(loops[cache], settings)
-    steps, L, T = steps or gen_length, block_length or gen_length, prompt_len + gen_length
+    steps, T = steps or gen_length, prompt_len + gen_length
+    L = 1 if cache == "autoregressive" else block_length or gen_length
     check_lengths(gen_length, steps, L, schedule, **settings)
     total = 0
     for lo, block in zip(range(prompt_len, T, L), block_schedules(gen_length, L, steps, schedule)):

@@ -42,5 +42,5 @@ def generate_dual(model, s):
             break
 
 LOOPS = {"prefix": generate_prefix, "dual": generate_dual}
-COSTS = {"prefix": lambda at: at.T if at.i == 0 else at.T - at.lo,
+COSTS = {"prefix": lambda at: at.T if at.i == 0 else at.T - at.lo + at.shift,
          "dual": lambda at: at.T if at.i == 0 else at.L}

@@ -29,4 +29,5 @@ def generate_freecache(model, s, delay=False):
 
 LOOPS = {"freecache": generate_freecache}
 COSTS = {"freecache": lambda at, delay:
-         at.T if at.lo == at.P and at.i == 0 else at.T - at.lo + (delay and at.i == 0) * at.L}
+         at.T if at.lo == at.P and at.i == 0 else
+         at.T - at.lo + at.shift + (delay and at.i == 0) * at.L}

@@ -53,8 +53,9 @@ def generate_pd(model, s, refresh=8, delay=True):
 
 LOOPS = {"prefill": generate_prefill, "pd": generate_pd}
 COSTS = {
-    "prefill": lambda at: at.T if at.lo == at.P and at.i == 0 else at.T - at.P,
+    "prefill": lambda at: at.T if at.lo == at.P and at.i == 0 else at.T - at.P + at.shift,
     "pd": lambda at, refresh, delay:
         at.T if at.lo == at.P and at.i == 0 else
-        at.T - at.P if at.i < 2 or at.i % refresh == 0 else at.m + delay * at.ago,
+        at.T - at.P + at.shift if at.i < 2 or at.i % refresh == 0 else
+        at.m + delay * at.ago,
 }
