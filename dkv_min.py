@@ -229,7 +229,8 @@ def place(s, pos, rows):
     if s.un:  # all one to the left: "un" of the authors' code for Dream, which freezes masks too
         return pos.where(pos == T, pos - 1), rows
     if shift:  # the columns before the candidates run as well, each column once
-        cand = pos.gather(1, rows.clamp(max=pos.shape[1] - 1))                 # (B, m)
+        n = pos.shape[1]
+        cand = pos.gather(1, rows.clamp(max=n - 1)).where(rows < n, T)         # (B, m)
         before = cand.where(cand == T, cand - 1)
         pos = torch.cat([pos, before], 1).sort(dim=1).values                   # (B, n + m)
         pos[:, 1:] = pos[:, 1:].where(pos[:, 1:] != pos[:, :-1], T)

@@ -21,7 +21,8 @@ def generate_window(model, s, refresh=32, window=64, active=16):
             else:  # the first masks, and what the phase has revealed
                 masks = first_masks(s, lo, min(active, s.T - lo - c))
                 cand = cand[:, :active].contiguous()
-                pos, rows = torch.cat([masks, *phase], 1), torch.searchsorted(masks, cand)
+                pos = torch.cat([masks, *phase], 1)
+                rows = torch.searchsorted(masks, cand).where(cand < s.T, s.T)
             # -------------------------------------------------
             logits = forward(model, s, pos, rows, cache, seen)
             new = reveal(s, lo, cand, k, logits)
