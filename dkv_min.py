@@ -112,6 +112,8 @@ class Result:
     steps: list           # per prompt: the calls in which it had something to run
     positions_run: list   # per prompt: positions that went through the network, over all steps
     positions_full: list  # the same if every one of those steps had run everything
+    guider_forwards: int  # of Guided Diffusion's guider, elsewhere 0
+    guider_positions: list
     seconds: float
 
 # --------------------------------------------------------------------------------------------------

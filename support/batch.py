@@ -16,12 +16,21 @@ class Book:
     run: torch.Tensor    # positions run so far, per prompt
     steps: torch.Tensor  # steps in which it had something to run
     on_step: object
+    guider_forwards: int = 0
+    guider_run: torch.Tensor | None = None  # positions that the guider has read, per prompt
+
+    def read(self, where, T):
+        """Counts what a guider reads: columns where (B, n), T for none."""
+        real = (where >= self.pads[self.live, None]) & (where < T)
+        self.guider_forwards += 1
+        self.guider_run.index_add_(0, self.live, real.sum(1))
 
 def start(model, prompts, how, order, generator, on_step):
     """-> the fields of a Batch. how: what settings.check returns."""
     config, device = model.config, model.wte.weight.device
     B, G = len(prompts), how["gen_length"]
-    L = how["block_length"] or 1  # none is given to the autoregressive cache: a token is a block
+    # two caches take none: to the autoregressive one a token is a block, to guided all of them
+    L = how["block_length"] or (1 if how["cache"] == "autoregressive" else G)
     steps = how["steps"] or G  # none is given with a threshold: G are the most
     P = max(map(len, prompts))
     pads = [P - len(p) for p in prompts]
@@ -51,11 +60,12 @@ def start(model, prompts, how, order, generator, on_step):
     same = ("threshold", "temperature", "top_p", "top_k", "remasking", "cfg_scale", "suppress_eos",
             "stop_at_eos")
     return dict(x=x, P=P, T=P + G, L=L, config=config, noise=noise,
-                schedule=block_schedules(G, L, steps, how["schedule"]),
+                schedule=None if how["threshold"] or how["cache"] == "guided" else
+                block_schedules(G, L, steps, how["schedule"]),
                 un=config.shift and how["cache"] in ("decode", "pd", "autoregressive"),
                 order=None if columns is None else torch.as_tensor(columns, device=device),
                 pad=pad if any(pads) else None,
-                book=Book(out, live, pad, *x.new_zeros(2, B), on_step),
+                book=Book(out, live, pad, *x.new_zeros(2, B), on_step, 0, x.new_zeros(B)),
                 **{name: how[name] for name in same})
 
 def own_generator(g):
@@ -71,7 +81,7 @@ def record(s, pos, new):
     book, live, pos = s.book, s.book.live, s.ran  # with a shift more than the loop's pos
     if pos is None:
         pos = torch.arange(s.T, device=s.x.device).expand(len(s.x), -1)        # (B, T)
-    if s.threshold is not None:  # a row that reveals nothing waits for the others
+    if s.schedule is None:  # a row that reveals nothing waits for the others
         pos = pos.masked_fill((new == s.T).all(1, keepdim=True), s.T)
     ran = ((pos >= book.pads[live, None]) & (pos < s.T)).sum(1)                # (B,)
     book.run.index_add_(0, live, ran)
@@ -109,4 +119,5 @@ def read_out(s):
     out, pads, run, steps = (t.tolist() for t in (book.out, book.pads, book.run, book.steps))
     full = [n * (s.T - pad) for n, pad in zip(steps, pads)]
     return dict(tokens=[row[pad:s.T] for row, pad in zip(out, pads)], steps=steps,
-                positions_run=run, positions_full=full)
+                positions_run=run, positions_full=full, guider_forwards=book.guider_forwards,
+                guider_positions=book.guider_run.tolist())

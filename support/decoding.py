@@ -35,7 +35,7 @@ def steps(s, lo):
     Under a threshold the block ends when no row has a mask in it; c is the least that any row has
     revealed, k the most that any may reveal. Counting them waits for the device."""
     s.lo = lo
-    if s.threshold is None:
+    if s.schedule is not None:
         for i, (c, k) in enumerate(s.schedule[(lo - s.P) // s.L]):
             s.turn = s.step
             yield i, c, k

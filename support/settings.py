@@ -7,6 +7,7 @@ import torch
 from support.decoding import block_schedules
 
 REMASKING = ("low_confidence", "margin", "entropy", "random", "left_to_right")
+ACCEPT = ("deterministic", "topk", "topk_relative", "dynamic_threshold", "self")
 AHEAD = ("random", "left_to_right")  # orders that are known ahead
 LOWEST = {"gen_length": 1, "steps": 1, "block_length": 1, "top_k": 1, "refresh": 1, "window": 0,
           "active": 1, "recent": 0}
@@ -85,6 +86,9 @@ def check(config, loops, /, *, cache, gen_length, steps=None, block_length=None,
                             "to all positions: use another cache")
         check_lengths(gen_length, gen_length, gen_length, **settings)
         return how
+    if cache == "guided":
+        check_guided(config, how, order)
+        return how
     L = how["block_length"] = gen_length if block_length is None else block_length
     if remasking is None:
         remasking = how["remasking"] = (
@@ -97,6 +101,28 @@ def check(config, loops, /, *, cache, gen_length, steps=None, block_length=None,
     most = max(k for block in block_schedules(gen_length, L, n, schedule) for _, k in block)
     check_together(config, how, order, 0 if threshold else most)
     return how
+
+def check_guided(config, how, order):
+    given = [n for n in ("steps", "block_length", "remasking", "threshold", "top_p", "top_k")
+             if how[n] is not None] + ["an order"] * (order is not None)
+    given += ["temperature"] * (how["temperature"] > 0) + ["schedule"] * (how["schedule"] != "llada")
+    guider, accept, window = how["guider"], how["accept"], how["window"]
+    need(not given, "guided decoding goes from left to right, as far as the guider agrees: leave "
+                    f"out {', '.join(given)}")
+    need(not config.causal, "guided decoding is for a diffusion model, and this one is causal: use "
+                            "cache autoregressive")
+    need(accept in ACCEPT, f"accept is {accept!r}, and has to be one of {', '.join(ACCEPT)}")
+    need((guider is None) == (accept == "self"), "accept self takes no guider, and the other rules "
+                                                 "need one: give guider, or accept self")
+    need(guider is None or guider.config.causal, "the guider has to be a causal model")
+    need(not how["speculative"] or guider is not None,
+         "speculative takes the guider's tokens, so it needs a guider")
+    need(window is None or isinstance(window, (tuple, list)) and len(window) == 2
+         and all(type(n) is int for n in window) and window[0] >= 0 and window[1] >= 2,
+         f"window is {window!r}, and has to be None, or two whole numbers: columns before the last "
+         "revealed one, 0 or more, and from it on, 2 or more")
+    check_lengths(how["gen_length"], how["gen_length"], how["gen_length"],
+                  accept_top_k=how["accept_top_k"])
 
 def check_together(config, how, order, most):
     """most: the tokens that a step reveals."""
