@@ -245,6 +245,18 @@ def diffusion_loss(model, tokens, masked, weight, pad=None):
     ce = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     return (ce.view_as(rows) * weight.gather(1, rows)).sum() / len(tokens)
 
+def every_token(frozen):
+    """The counterpart of diffusion_noise for causal_loss: all free positions, each counts alike."""
+    return ~frozen, 1 / (~frozen).sum(1, keepdim=True).clamp(min=1).expand(frozen.shape)
+
+def causal_loss(model, tokens, masked, weight, pad=None):
+    """Cross entropy of the tokens at `masked`, each predicted from those before it, times its
+    weight, summed over a row and averaged over the rows. For a causal model; the arguments are
+    those of diffusion_loss, and nothing is masked in the input -> () float32"""
+    logits = model(tokens[:, :-1], pad=pad)                                    # (B, T - 1, V)
+    ce = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return (ce.view_as(tokens[:, 1:]) * (weight * masked)[:, 1:]).sum() / len(tokens)
+
 # --------------------------------------------------------------------------------------------------
 # one file with config, weights, tokenizer and extra: nothing else is needed to sample
 

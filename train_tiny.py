@@ -4,6 +4,7 @@ python train_tiny.py                      word problems, preset quick, nine minu
 python train_tiny.py --preset bundled     the model that the repository ships
 python train_tiny.py --data my.txt        any UTF-8 text instead
 python train_tiny.py --resume             resume from toy.pt.train: after Ctrl-C, kill -9, power cut
+python train_tiny.py --causal --like toy.pt --out guider.pt    an autoregressive guider for toy.pt
 torchrun --standalone --nproc_per_node=2 train_tiny.py    two processes, each with half of a batch
 
 Then python sample.py --ckpt toy.pt answers with it. The loss is LLaDA's (model.py); the recipe
@@ -21,7 +22,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import Config, DiffusionLM, diffusion_loss, diffusion_noise, load, save
+from model import Config, DiffusionLM, causal_loss, diffusion_loss, diffusion_noise, every_token
+from model import load, save
 from support.arithmetic import matmul_peak, work
 from support.cli import Parser, check_bounds, check_out, launch, pick_device
 from support.evaluate import answer_problems
@@ -44,7 +46,7 @@ PRESETS = {
 }
 DEFAULTS = dict(out="toy.pt", preset="quick", eval=100, vocab=512, lr=0.01, lr_adam=0.003, sums=0.1,
                 val_every=250, save_minutes=5.0, accumulate=1, seed=1, device="auto", amp="auto",
-                data=None, threads=None)
+                data=None, threads=None, causal=False, like=None)
 # 258 tokens: the 256 bytes, the end of the text and the mask
 MINIMUM = dict(n_layer=1, n_head=1, n_embd=2, prompt_len=1, gen_length=2, block_length=1, vocab=258,
                steps=1, batch_size=1, val_every=1, accumulate=1, save_minutes=0, eval=0, seed=0,
@@ -58,6 +60,9 @@ def read_flags(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=PRESETS, help="sizes and steps, unless given (quick)")
     p.add_argument("--data", metavar="FILE", help="train on this UTF-8 text, not on word problems")
+    p.add_argument("--causal", action="store_true", default=None,
+                   help="an autoregressive model, which predicts the next token")
+    p.add_argument("--like", metavar="FILE", help="tokenizer, problems and lengths of this model")
     p.add_argument("--out", metavar="FILE", help="the model; FILE.train is for --resume (toy.pt)")
     p.add_argument("--resume", action="store_true", default=None, help="resume from FILE.train")
     p.add_argument("--eval", type=int, metavar="N", help="problems to answer at the end (100)")
@@ -104,6 +109,11 @@ def parse_args(argv=None):
     # each of these has the last word over those before it
     preset = PRESETS[(kept | given).get("preset", DEFAULTS["preset"])]
     args = argparse.Namespace(**DEFAULTS | preset | kept | given)
+    if args.like is not None:
+        if fixed := {"prompt_len", "gen_length", "block_length", "ops", "vocab"} & set(given):
+            raise ValueError(f"--like has the last word on lengths, problems and tokens: leave out "
+                             f"--{min(fixed).replace('_', '-')}")
+        vars(args).update(like(args))
     check_bounds(args, **BOUNDS)
     if not 1 <= args.ops[0] <= args.ops[1] <= len(DAYS):
         raise ValueError(f"--ops is {args.ops[0]} {args.ops[1]}, and has to be MIN MAX with "
@@ -112,6 +122,16 @@ def parse_args(argv=None):
         raise ValueError(f"--gen-length {args.gen_length} is not a multiple of "
                          f"--block-length {args.block_length}")
     return args, state
+
+def like(args):
+    """-> the lengths, and the steps of a problem, of the model --like."""
+    model, _ = load(args.like, "meta")
+    G, questions = model.extra["gen_length"], [q for q, _ in model.extra.get("problems", [])]
+    days = [sum(question.count(day) for day in DAYS) for question in questions] or args.ops
+    if not questions and args.data is None:
+        raise ValueError(f"--like {args.like} was trained on a text: give it with --data")
+    return dict(gen_length=G, prompt_len=model.config.max_len // 2 - G, ops=[min(days), max(days)],
+                block_length=model.extra.get("block_length", G))
 
 # --------------------------------------------------------------------------------------------------
 # model and optimizers
@@ -127,7 +147,8 @@ def build(args, data, device):
     max_len = 2 * (args.prompt_len + args.gen_length)
     config = Config(n_layer=args.n_layer, n_head=args.n_head, n_kv_head=args.n_head,
                     n_embd=args.n_embd, n_ff=n_ff, max_len=max_len, vocab_size=vocab,
-                    n_vocab=vocab, mask_id=special["<|mask|>"], eos_id=special["<|eos|>"])
+                    n_vocab=vocab, mask_id=special["<|mask|>"], eos_id=special["<|eos|>"],
+                    causal=args.causal, shift=args.causal)
     if fault := config.fault():
         raise ValueError(fault)
     torch.manual_seed(args.seed)  # for the weights: batches have generators of their own
@@ -153,13 +174,14 @@ def save_model(path, model, data):
 def validate(model, val, device, amp):
     """Nats per token on held-out rows. The masks are the same at every call, and in every run."""
     tokens, pad, frozen = val                                          # (B, T), (B,), (B, T)
-    masked, weight = diffusion_noise(frozen, generator=torch.Generator().manual_seed(0))
-    loss = 0.0
+    masked, weight = every_token(frozen) if model.config.causal else diffusion_noise(
+        frozen, generator=torch.Generator().manual_seed(0))
+    loss, loss_of = 0.0, causal_loss if model.config.causal else diffusion_loss
     # 64 rows at once, the mean weighted by their number
     for rows in torch.arange(len(tokens)).split(64):
         part = (t[rows].to(device) for t in (tokens, masked, weight, pad))
         with torch.autocast(device, torch.bfloat16, enabled=amp):
-            loss += diffusion_loss(model, *part).item() * len(rows) / len(tokens)
+            loss += loss_of(model, *part).item() * len(rows) / len(tokens)
     return loss
 
 def set_rates(optimizers, args, step):
@@ -173,6 +195,7 @@ def backward(net, batch, args, device, amp):
     """Runs this process's rows of a batch, in parts, and adds up the gradients
     -> what these rows contribute to the loss of the batch, () float32"""
     (rank, world), n, total = ranks(), args.accumulate, 0.0
+    loss_of = causal_loss if args.causal else diffusion_loss
     # every process draws the whole batch, and takes its own rows
     parts = torch.arange(args.batch_size).tensor_split(world * n)[rank * n:][:n]
     for rows in parts:
@@ -181,7 +204,7 @@ def backward(net, batch, args, device, amp):
         with net.no_sync() if waits else contextlib.nullcontext():
             part = [t if t is None else t[rows].to(device) for t in batch]  # None: no padding
             with torch.autocast(device, torch.bfloat16, enabled=amp):
-                loss = diffusion_loss(net, *part) * (len(rows) / args.batch_size)
+                loss = loss_of(net, *part) * (len(rows) / args.batch_size)
             # DDP takes the mean over the processes: this makes it the sum
             (loss * world).backward()
         total = total + loss.detach()  # on the device: reading it would wait
@@ -252,11 +275,14 @@ def answer(path, n, device):
     model, tokenizer = load(path, device, torch.float32)
     known, n = model.extra["known_order"], min(n, len(model.extra["problems"]))
     # each cache after the run without one in the same order
-    for cache, order in [("none", "low_confidence"), ("decode", "low_confidence"),
-                         ("none", known), ("greedy", known)]:
+    runs = [("none", "low_confidence"), ("decode", "low_confidence"), ("none", known),
+            ("greedy", known)]
+    if model.config.causal:
+        runs = [("none", None), ("autoregressive", None)]
+    for cache, order in runs:
         found = answer_problems(model, tokenizer, n=n, cache=cache, remasking=order)
         right, fewer = sum(found.right), found.positions_full / found.positions_run
-        print(f"{cache:6}  {order:14}  {right} of {n} exact ({100 * right / n:.1f}%), "
+        print(f"{cache:6}  {order or '':14}  {right} of {n} exact ({100 * right / n:.1f}%), "
               f"{fewer:.2f}x fewer positions run")
 
 # --------------------------------------------------------------------------------------------------
@@ -276,7 +302,9 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     amp = args.amp == "on" or args.amp == "auto" and autocast_pays(device)
     # data, model, optimizers; a resumed run continues with the weights and moments of FILE.train
-    data = Problems(args) if args.data is None else Text(args, state.get("text"))
+    tokenizer = load(args.like, "meta")[1] if args.like else None
+    data = Problems(args, tokenizer) if args.data is None else Text(
+        args, state.get("text"), tokenizer)
     model, optimizers = build(args, data, device)
     if state:
         restore(state, model, optimizers, args.out + ".train")

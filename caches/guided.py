@@ -1,6 +1,6 @@
-"""Guided Diffusion (FlashDLM, arXiv 2505.21467): the diffusion model proposes a token for every mask,
-and a small causal model, the guider, decides how many of them the step keeps: the leading run of
-proposals that it accepts, at least one. What is written are the diffusion model's own tokens."""
+"""Guided Diffusion (FlashDLM, arXiv 2505.21467): the diffusion model proposes a token for every
+mask, and a small causal model, the guider, decides how many of them a step keeps: the leading run
+that it accepts, and at least one. What is written are the diffusion model's own tokens."""
 import torch
 
 from dkv_min import KVCache, candidates, columns, forward, new_cache
@@ -15,7 +15,7 @@ def generate_guided(model, s, guider=None, accept="deterministic", accept_top_k=
     revealed one, freezes what is before and hides what is after: (0, gen_length) is FreeCache.
     `speculative`: the guider's token is taken at the first disagreement, and so it decides all."""
     cache, T = new_cache(model, s), s.T
-    guide = guider and KVCache(guider, len(s.x), T - 1)  # column T - 1 proposes nothing
+    guide = guider and KVCache(guider, len(s.x), T)
     for lo in range(s.P, T, s.L):
         for i, c, k in steps(s, lo):
             cand = candidates(s, lo, c, k)  # all masks of a row follow each other
@@ -44,7 +44,9 @@ def generate_guided(model, s, guider=None, accept="deterministic", accept_top_k=
                 where = columns(s, lo, 0, T - 1) if i == 0 else cand.where(cand == T, cand - 1)
                 at = (cand - 1).clamp(max=T - 2) if i == 0 else None
                 logits = guider(read.gather(1, where), where, guide, at, s.pad).float()
-                logits = logits[..., :guider.config.n_vocab]
+                logits = logits[..., :guider.config.n_vocab]                   # (B, m, V)
+                for mask_id in {s.config.mask_id, guider.config.mask_id}:
+                    logits[..., mask_id:mask_id + 1] = -torch.inf  # never agreed upon
                 s.book.read(where, s.T)
             good = accepted(accept, draft, logits, accept_top_k, ratio, accept_threshold)
             n = good.long().cumprod(1).sum(1, keepdim=True)                    # (B, 1)

@@ -39,7 +39,10 @@ def answer_problems(model, tokenizer, first=0, n=None, batch_size=50, **settings
     generate. The lengths are the checkpoint's unless given. Random numbers belong to a problem, so
     that the batch size changes no answer. -> right (list of bool) and ids (list of lists), an entry
     a problem; steps, positions_run, and positions_full of one token a step without a cache: sums"""
-    settings = {name: model.extra[name] for name in ("gen_length", "block_length")} | settings
+    lengths = {name: model.extra[name] for name in ("gen_length", "block_length")}
+    if settings.get("cache") in ("autoregressive", "guided"):
+        del lengths["block_length"]  # they have no blocks
+    settings = lengths | settings
     pairs = model.extra["problems"][first:][:n]
     found = SimpleNamespace(right=[], ids=[], steps=0, positions_run=0, positions_full=0)
     label = f"{settings.get('cache', 'none')}, {settings.get('remasking') or 'low_confidence'}"

@@ -6,7 +6,7 @@ import zlib
 
 import torch
 
-from model import diffusion_noise
+from model import diffusion_noise, every_token
 from support.tokenizer import build_tokenizer
 
 SHE = """Anna Clara Emma Grace Ida Kate Maria Olga Rosa Tina
@@ -112,13 +112,14 @@ def mask_tail(rng, tokens, start, tokenizer):
 
 class Problems:
     """batch(step) draws everything from (seed, step): a resumed run needs to know the step only."""
-    def __init__(self, args):
+    def __init__(self, args, tokenizer=None):
         self.args, self.checksum = args, None  # a text has a checksum
         # these three do not depend on --seed, so that runs can be compared
         corpus = problems(random.Random("corpus"), 3000, args.ops, "train")
         validation = problems(random.Random("validation"), 256, args.ops, "validation")
         test = problems(random.Random("test"), 1000, args.ops, "test")
-        self.tokenizer = build_tokenizer("".join(prompt(q) + a for q, a in corpus), args.vocab)
+        self.tokenizer = tokenizer or build_tokenizer(
+            "".join(prompt(q) + a for q, a in corpus), args.vocab)
         self.val = story_rows(validation, self.tokenizer, args.prompt_len, args.gen_length)
         self.extra = {"problems": test, "template": TEMPLATE, "known_order": "left_to_right",
                       "gen_length": args.gen_length, "block_length": args.block_length}
@@ -132,11 +133,14 @@ class Problems:
         if step >= args.sums * args.steps:
             pairs, n = problems(rng, n - n // 8, args.ops, "train"), n // 8
             tokens, pad, frozen = story_rows(pairs, self.tokenizer, P, G)
-            spare, n_cut = int(pad.min()), len(tokens) * 3 // 8
+            spare, n_cut = int(pad.min()), 0 if args.causal else len(tokens) * 3 // 8
             # without the columns that are padding in every row
             pad, P, cut, whole = pad - spare, P - spare, *tokens[:, spare:].tensor_split([n_cut])
+            free = frozen[n_cut:, spare:]
+            noise = every_token(free) if args.causal else diffusion_noise(free, generator=g)
             parts = [(cut, *mask_tail(rng, cut, P, self.tokenizer), pad[:n_cut]),
-                     (whole, *diffusion_noise(frozen[n_cut:, spare:], generator=g), pad[n_cut:])]
+                     (whole, *noise, pad[n_cut:])]
         sums = sum_rows(rng, n, P + G, self.tokenizer)
-        parts += [(sums, *mask_sums(rng, sums), torch.zeros(n, dtype=torch.int64))]
+        noise = every_token(sums < 0) if args.causal else mask_sums(rng, sums)
+        parts += [(sums, *noise, torch.zeros(n, dtype=torch.int64))]
         return [torch.cat(column) for column in zip(*parts)]

@@ -50,7 +50,8 @@ def remove_temps(path):
 
 def save_state(args, text, step, best, model, optimizers):
     """Random numbers need no state: those of a step are drawn from (seed, step)."""
-    flags = vars(args) | {"data": args.data and os.path.abspath(args.data)}
+    flags = vars(args) | {name: path and os.path.abspath(path) for name, path in
+                          (("data", args.data), ("like", args.like))}
     state = {"args": flags, "text": text, "step": step, "best": best,
              "weights": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     with atomic_write(args.out + ".train") as f:
@@ -67,7 +68,8 @@ def load_state(path):
         flag, listed = f"--{name}".replace("_", "-"), type(value) is list
         if value is not None and value is not False:
             short = value if type(value) is str else reprlib.repr(value)  # it may be endless
-            words += [flag, *map(reprlib.repr, value)] if listed else [f"{flag}={short}"]
+            words += [flag, *map(reprlib.repr, value)] if listed else (
+                [flag] if value is True else [f"{flag}={short}"])
     return state | {"args": words}
 
 def restore(state, model, optimizers, path):

@@ -105,7 +105,7 @@ def check(config, loops, /, *, cache, gen_length, steps=None, block_length=None,
 def check_guided(config, how, order):
     given = [n for n in ("steps", "block_length", "remasking", "threshold", "top_p", "top_k")
              if how[n] is not None] + ["an order"] * (order is not None)
-    given += ["temperature"] * (how["temperature"] > 0) + ["schedule"] * (how["schedule"] != "llada")
+    given += [n for n, value in (("temperature", 0), ("schedule", "llada")) if how[n] != value]
     guider, accept, window = how["guider"], how["accept"], how["window"]
     need(not given, "guided decoding goes from left to right, as far as the guider agrees: leave "
                     f"out {', '.join(given)}")

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from model import diffusion_noise
+from model import diffusion_noise, every_token
 from support.checkpoint import first_line
 from support.tokenizer import build_tokenizer
 
@@ -26,11 +26,11 @@ def read_text(path, checksum=None):
 
 class Text:
     """Rows from anywhere in the text; its last tenth is for validation."""
-    def __init__(self, args, checksum=None):
+    def __init__(self, args, checksum=None, tokenizer=None):
         self.args, T = args, args.prompt_len + args.gen_length
         text, self.checksum = read_text(args.data, checksum)
         cut = len(text) * 9 // 10
-        tokenizer = self.tokenizer = build_tokenizer(text[:cut], args.vocab)
+        tokenizer = self.tokenizer = tokenizer or build_tokenizer(text[:cut], args.vocab)
         self.train = torch.tensor(tokenizer.encode(text[:cut]), dtype=torch.int64)
         tail = torch.tensor(tokenizer.encode(text[cut:]), dtype=torch.int64)
         if min(len(tail), len(self.train)) < T:
@@ -57,4 +57,6 @@ class Text:
         g = torch.Generator().manual_seed(random.Random(f"{args.seed} {step}").getrandbits(32))
         start = torch.randint(len(self.train) - T + 1, (args.batch_size, 1), generator=g)
         tokens = self.train[start + torch.arange(T)]                           # (B, T)
-        return tokens, *diffusion_noise(torch.zeros(tokens.shape).bool(), generator=g), None
+        free = torch.zeros(tokens.shape).bool()
+        noise = every_token(free) if args.causal else diffusion_noise(free, generator=g)
+        return tokens, *noise, None
