@@ -15,7 +15,9 @@ def generate_guided(model, s, guider=None, accept="deterministic", accept_top_k=
     revealed one, freezes what is before and hides what is after: (0, gen_length) is FreeCache.
     `speculative`: the guider's token is taken at the first disagreement, and so it decides all."""
     cache, T = new_cache(model, s), s.T
-    guide = guider and KVCache(guider, len(s.x), T)
+    if guider:
+        guide = KVCache(guider, len(s.x), T)
+        guide.T = T - 1  # the last column proposes nothing, and is never read
     for lo in range(s.P, T, s.L):
         for i, c, k in steps(s, lo):
             cand = candidates(s, lo, c, k)  # all masks of a row follow each other
