@@ -3,6 +3,7 @@ r"""Sample from a masked diffusion model, with and without a KV cache.
 python sample.py                                   held-out questions, some runs, and a table
 python sample.py --cache all                       the same with every cache
 python sample.py --cache local --threshold 0.99    a step reveals all that is as probable as this
+python sample.py --guider guider --cache guided    a small causal model decides how many it reveals
 python sample.py --prompt "Anna has 7 boxes of 8 pens. Monday she loses 9. Tuesday she finds 3 \
 more. Wednesday she lends 6. How many pens are left?"
 python sample.py --watch                           see which positions each step runs
@@ -25,13 +26,14 @@ from tqdm import tqdm
 from caches import CACHES, LOOPS
 from dkv_min import generate
 from support.chat import chat
-from support.cli import (Parser, check_bounds, check_out, launch, load_checkpoint, loop_flags,
-                         pick_device)
+from support.cli import (Parser, check_bounds, check_out, launch, load_checkpoint, load_guider,
+                         loop_flags, pick_device)
 from support.evaluate import text_of
+from support.plan import note_lengths, plan
 from support.processes import answer_file, only_writer, ranks
 from support.prompts import draws, find_questions, parse_ids, read_prompts
 from support.report import print_json, report
-from support.settings import REMASKING, check, check_prompts, loop_settings
+from support.settings import REMASKING, check_prompts
 from support.watch import Watch, name
 
 REPEATS = 3  # of a run on the checkpoint's own problems, whose times are short
@@ -49,7 +51,10 @@ def parse_args(argv):
                         "next token; prefill: all but the prompt; pd: decode without the prompt; "
                         "local: decode in the block; freecache, prefix: from the block on; dual: "
                         "the block; window: the first masks, and no step attends far ones; "
-                        "entropy: masks of the block, and all after a doubtful token")
+                        "entropy: masks of the block, and all after a doubtful token; guided: "
+                        "all but the prompt; autoregressive (a causal model's): the newest token")
+    p.add_argument("--guider", metavar="guider|PATH",
+                   help="the causal model of --cache guided, with the vocabulary of --ckpt")
     g = p.add_argument_group("prompts (without any: held-out problems or texts of the checkpoint)")
     g.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     g.add_argument("--prompts", metavar="FILE",
@@ -73,8 +78,12 @@ def parse_args(argv):
                    help="masks: that greedy runs per token (4), window attends (64), entropy runs")
     g.add_argument("--set", **own, metavar="NAME=VALUE", help="any setting that caches/ names")
     g.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (0)")
+    g.add_argument("--top-p", type=float, metavar="P", help="only the likeliest, of this sum (all)")
+    g.add_argument("--top-k", type=int, metavar="N", help="only the N likeliest tokens (all)")
+    g.add_argument("--schedule", choices=["llada", "dream"],
+                   help="how many tokens a step reveals (the checkpoint's, else llada: as many)")
     g.add_argument("--remasking", choices=REMASKING,
-                   help="what is revealed first (low_confidence; greedy: the checkpoint's order)")
+                   help="what is revealed first (the checkpoint's, else low_confidence)")
     g.add_argument("--cfg-scale", type=float, default=0.0, help="classifier-free guidance (0: off)")
     g.add_argument("--stop-at-eos", action="store_true", help="no block after one that holds EOS")
     g.add_argument("--suppress-eos", choices=["logits", "confidence"],
@@ -83,9 +92,9 @@ def parse_args(argv):
                    "step after the one that reveals a token (yes; freecache no)")
     g = p.add_argument_group("running")
     g.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers (0)")
-    g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
+    g.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps",
                    help="auto: CUDA if there is a GPU (auto)")
-    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                    help="auto: float32 below 1e9 parameters (bfloat16 from 1e7 on a CPU with AMX),"
                         " else as stored (auto)")
     g.add_argument("--batch-size", type=int, default=8, metavar="PROMPTS", help="at once (8)")
@@ -101,9 +110,11 @@ def parse_args(argv):
 def check_args(args):
     args.asked = bool(args.prompt or args.prompts is not None or args.ids is not None)
     # without prompts the demo compares some caches, and a file gets all
-    if args.cache is None:
+    args.unnamed = args.cache is None
+    if args.unnamed:
         one = args.asked or args.chat or args.watch is not None
         args.cache = "decode" if one else "all" if args.json or args.out else "demo"
+        args.cache = "guided" if args.guider else args.cache
     several = dict(all=CACHES, demo=("none", "decode", "local", "greedy"))
     args.caches = several.get(args.cache, [args.cache])
     check_bounds(args, watch=(0, 60), batch_size=1)
@@ -127,73 +138,6 @@ def check_args(args):
 
 # --------------------------------------------------------------------------------------------------
 # the runs
-
-def plan(args, config, extra):
-    """-> [(settings for generate, number of the run it is compared with)]. Of several caches each
-    is compared with none under the same rule. Those that cannot follow the rule are named."""
-    # lengths: the flags', else the checkpoint's; G tokens in blocks of L
-    G = extra.get("gen_length", 128) if args.gen_length is None else args.gen_length
-    usual = extra.get("block_length", G)  # the checkpoint's blocks may not divide the flags' length
-    L = args.block_length
-    L = (usual if usual and G % usual == 0 else G) if L is None else L
-    by_steps = args.threshold is None
-    steps = G if by_steps and args.steps is None else args.steps
-    # greedy has to know ahead what comes next, so it follows the order that suits the model
-    known = extra.get("known_order", "random")
-    shared = {s: getattr(args, s) for s in (
-        "threshold", "temperature", "cfg_scale", "stop_at_eos", "suppress_eos")}
-    # a refresh that no block reaches never happens
-    given = {s: G if (s, v) == ("refresh", "never") else v for s, v in args.own.items()}
-
-    def settings(cache, order=None, **more):
-        order = args.remasking or order or (known if cache == "greedy" else "low_confidence")
-        # a loop refuses settings that it lacks
-        own = {s: v for s, v in given.items() if s in loop_settings(LOOPS[cache], {})}
-        usual = dict(shared, gen_length=G, steps=steps, block_length=L, remasking=order, **own)
-        return check(config, LOOPS, cache=cache, **usual | more)
-
-    if len(args.caches) == 1:
-        return [(settings(*args.caches), None)]
-    runs, left = [], []
-
-    def add(cache, order=None, base=None, **more):
-        try:
-            how = settings(cache, order, **more)
-        except ValueError as e:
-            # wrong for all, or a value that the user gave
-            if cache == "none" or str(e).split()[0] in given:
-                raise
-            return left.append(f"{cache} ({str(e).partition(':')[0]})")
-        names, same = [name(how) for how, _ in runs], name(how | {"cache": "none"})
-        runs.append((how, names.index(same) if same in names else base))
-
-    table = not (args.json or args.out)  # files are for machines, which can compare what they like
-    if table and not by_steps:
-        add("none", threshold=None, steps=G)
-    add("none", base=0 if runs else None)
-    for cache in args.caches[1:]:
-        if cache == "greedy" and table and by_steps and not args.remasking:
-            add("none", known)
-        add(cache)
-        if cache == "freecache" and "delay" not in given:  # as published, and with the delay
-            add(cache, delay=True)
-    # the rival: half the steps save as much without any cache. They have to fit the blocks
-    if table and by_steps and steps % 2 == 0 and steps // 2 % (G // L) == 0:
-        add("none", base=0, steps=steps // 2)
-    if args.cache == "demo" and by_steps and args.remasking in (None, "low_confidence"):
-        for cache in "none", "local":
-            add(cache, base=0, threshold=0.99, steps=None)
-    if left and ranks()[0] == 0:
-        print(f"note: left out: {'; '.join(left)}", file=sys.stderr)
-    return runs
-
-def note_lengths(how, extra):
-    """Says on stderr that the model was trained on answers of another length."""
-    G, L = how["gen_length"], how["block_length"]
-    trained, usual = extra.get("gen_length", G), extra.get("block_length", L)
-    if G != trained and ranks()[0] == 0:
-        print(f"note: the model was trained on answers of {trained} tokens in blocks of {usual}; "
-              f"expect more errors with {G} in blocks of {L}", file=sys.stderr)
 
 def answer(model, tokenizer, questions, runs, args, repeats, first=0, show=None, share=iter):
     """Answers the questions from number `first` on with every run, batch by batch. show(objects)
@@ -240,6 +184,7 @@ def answer(model, tokenizer, questions, runs, args, repeats, first=0, show=None,
 def head(index, question, how, args):
     """The fields of --json that are known before the answer is."""
     how = {s: str(v) if str(v) in ("inf", "-inf") else v for s, v in how.items()}  # JSON lacks it
+    how |= {"guider": args.guider} if "guider" in how else {}
     settings = {"ckpt": args.ckpt, "dtype": args.dtype, "seed": args.seed, **how}
     return {"index": index, "prompt": question[0], "cache": how["cache"], "settings": settings,
             "prompt_ids": question[1]}
@@ -248,7 +193,9 @@ def body(ids, result, row, model, tokenizer):
     """The other fields. seconds are those of the whole batch."""
     return {"ids": ids, "text": text_of(ids, model, tokenizer), "forwards": result.forwards,
             "steps": result.steps[row], "positions_run": result.positions_run[row],
-            "positions_full": result.positions_full[row], "seconds": result.seconds}
+            "positions_full": result.positions_full[row],
+            "guider_forwards": result.guider_forwards,
+            "guider_positions": result.guider_positions[row], "seconds": result.seconds}
 
 # --------------------------------------------------------------------------------------------------
 # the run
@@ -256,12 +203,15 @@ def body(ids, result, row, model, tokenizer):
 def run(args, texts, ids):
     # load decides what "auto" is, when it knows the size
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model, tokenizer = load_checkpoint(args.ckpt, pick_device(args.device), dtype, args.yes)
+    device, guider = pick_device(args.device), None
+    model, tokenizer = load_checkpoint(args.ckpt, device, dtype, args.yes)
+    if args.guider:
+        guider = load_guider(args.guider, tokenizer, device, dtype, args.yes)
     if args.chat and tokenizer is None:
         raise ValueError(f"{args.ckpt} has no tokenizer, so it cannot --chat: use --ids")
     # what is wrong is said before the work, not in the middle
     questions = [] if args.chat else find_questions(args, texts, ids, model.extra, tokenizer)
-    runs = plan(args, model.config, model.extra)
+    runs = plan(args, model.config, model.extra, guider)
     note_lengths(runs[0][0], model.extra)
     if args.chat:
         return chat(model, tokenizer, runs[0][0], args)

@@ -84,7 +84,7 @@ def read_flags(argv):
     g.add_argument("--val-every", type=int, metavar="STEPS", help="validate and save (250)")
     g.add_argument("--save-minutes", type=float, metavar="MINUTES", help="save FILE.train (5)")
     g.add_argument("--seed", type=int, help="(1)")
-    g.add_argument("--device", choices=["auto", "cpu", "cuda"], help="(auto)")
+    g.add_argument("--device", metavar="auto|cpu|cuda|cuda:N|mps", help="(auto)")
     g.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
     g.add_argument("--amp", choices=["auto", "on", "off"],
                    help="bfloat16 autocast; auto: on CUDA, and on CPUs that multiply in it")

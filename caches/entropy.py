@@ -22,7 +22,7 @@ def generate_entropy(model, s, tau=0.2, recent=64, window=None):
             cand = candidates(s, lo, c, k)[:, :window].contiguous()
             # ------------------------------------------------- which positions run
             # in some rows the masks and the last tokens, in the others all: T fills the shorter
-            busy = cand[:, :1] < T
+            busy = masks[:, :1] < T
             pos = torch.cat([masks, last], 1).where(busy, T)                   # (B, n)
             rows = torch.searchsorted(masks, cand)
             if (full & busy).any():
@@ -38,7 +38,7 @@ def generate_entropy(model, s, tau=0.2, recent=64, window=None):
             # the largest entropy of what was revealed decides on the next step
             told = (s.x.gather(1, cand) != s.config.mask_id) & (cand < T)      # (B, m)
             nats = torch.special.entr(logits.softmax(-1)).sum(-1)              # (B, m)
-            doubt = nats.masked_fill(~told, -torch.inf).amax(1, keepdim=True) > tau
+            doubt = (told & (nats > tau)).any(1, keepdim=True)
             full = doubt.where(told.any(1, keepdim=True), full)
             # of a step the most confident is the latest; T goes to the front
             last = torch.cat([last, new.flip(1)], 1)

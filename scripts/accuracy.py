@@ -156,7 +156,7 @@ def parser(doc, n):
     p.add_argument("--ckpt", default="tiny")
     p.add_argument("-n", "--n", type=int, default=n, help=f"problems ({n})")
     p.add_argument("--batch-size", type=int, default=50, help="problems answered at once (50)")
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    p.add_argument("--device", metavar="auto|cpu|cuda|cuda:N|mps", default="auto")
     p.add_argument("--workers", type=int, help="of one thread each (CPU: one per core; CUDA: 1)")
     return p
 

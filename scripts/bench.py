@@ -323,8 +323,8 @@ def main(argv=None):
     p.add_argument("--caches", nargs="+", choices=CACHES, metavar="NAME",
                    help=f"of {', '.join(CACHES)} (all; --scale: a few)")
     p.set_defaults(window=4, repeats=3)
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    p.add_argument("--device", metavar="auto|cpu|cuda|cuda:N|mps", default="auto")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     p.add_argument("--json", metavar="FILE", help="write the numbers there as well")
     p.add_argument("--scale", type=int, nargs="*", metavar="TOKENS",
                    help=f"growth over these total lengths ({' '.join(map(str, LENGTHS))})")

@@ -74,21 +74,29 @@ def check_out(path, flag="--out", only=None):
                              "another name, or delete that file") from None
 
 def pick_device(name):
-    """--device auto|cpu|cuda -> "cpu" or "cuda". Of several processes each gets its own GPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here, so use --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return "cpu"
+    """--device auto|cpu|cuda|cuda:N|mps -> "cpu", "cuda" or "mps". cuda:N becomes the current
+    device. Of several processes each gets its own GPU."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name):
+        raise ValueError(f"--device is {name!r:.40}, and has to be auto, cpu, cuda, cuda:N or mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: torch finds no Apple GPU here, so use --device cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch finds no CUDA device here, so use --device cpu")
+    if name in ("cpu", "mps") or not torch.cuda.is_available():
+        return "cpu" if name == "auto" else name
     n, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"]) if ranks()[1] > 1 else 0
+    local = int(name[5:] or local)
     if local >= n:
-        raise ValueError(f"there are only {n} GPUs: give --nproc_per_node={n}, or --device cpu")
+        raise ValueError(f"there are only {n} GPUs, numbered from 0, and number {local} is needed: "
+                         "give another --device, or fewer processes")
     torch.cuda.set_device(local)
     return "cuda"
 
 def load_checkpoint(name, device, dtype, yes=False):
     """-> model, tokenizer. name: a bundled model, a LLaDA, which is fetched and converted on
     first use if the user agrees, or a path. dtype: "auto", None (as stored) or a torch.dtype."""
-    path = os.path.join(ROOT, "checkpoints", f"{name}.pt") if name in ("tiny", *LLADA) else name
+    path = os.path.join(ROOT, "checkpoints", f"{name}.pt") if name in (
+        "tiny", "guider", *LLADA) else name
     if not os.path.exists(path):
         if name not in LLADA:
             raise ValueError(f"there is no {path}: give --ckpt tiny, {', '.join(LLADA)} or a path")
@@ -97,6 +105,18 @@ def load_checkpoint(name, device, dtype, yes=False):
     if dtype == "auto" and device == "cpu" and sum(p.numel() for p in model.parameters()) >= 1e9:
         print("note: on a CPU a model of this size takes seconds a step", file=sys.stderr)
     return model, tokenizer
+
+def load_guider(name, tokenizer, device, dtype, yes=False):
+    """-> a causal model that reads the ids of this tokenizer. Raises ValueError for another one."""
+    guider, its = load_checkpoint(name, device, dtype, yes)
+    if not guider.config.causal:
+        raise ValueError(f"--guider {name} is not a causal model: give one of train_tiny.py "
+                         "--causal, or a Qwen2.5")
+    if not (its and tokenizer) or its.ranks != tokenizer.ranks or any(
+            tokenizer.special.get(text, i) != i for text, i in its.special.items()):
+        raise ValueError(f"--guider {name} has another vocabulary than --ckpt: a Qwen2.5 fits "
+                         "Dream, and train_tiny.py --causal --like FILE makes one that fits FILE")
+    return guider
 
 def fetch(name, yes):
     """Runs scripts/convert.py, which says on stderr what goes wrong. stdout is for answers."""

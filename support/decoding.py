@@ -89,7 +89,8 @@ def draw(s, column, logits):
     Inverse-CDF sampling with a uniform draw fixed per prompt, step and column: the draw depends
     neither on the batch nor on the cache."""
     u = s.noise[:, s.turn].gather(1, column)                                   # (B, m)
-    scaled = (logits.double() - logits.amax(-1, keepdim=True)) / s.temperature
+    wide = logits.float() if logits.device.type == "mps" else logits.double()  # mps has no float64
+    scaled = (wide - logits.amax(-1, keepdim=True)) / s.temperature
     cdf = scaled.softmax(-1).cumsum(-1)                                        # (B, m, V)
     at = (u * cdf[..., -1])[..., None]
     drawn = torch.searchsorted(cdf, at, right=True).squeeze(-1)

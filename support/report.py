@@ -29,17 +29,19 @@ def report(model, tokenizer, questions, runs, answers, seconds, repeats, batch_s
     lengths = " to ".join(map(str, sorted({min(lengths), max(lengths)})))
     print(f"{weight.device.type}, {str(weight.dtype)[6:]}, threads: {torch.get_num_threads()}; "
           f"prompts: {n} of {lengths} tokens in batches of {batch_size}; answers: "
-          f"{how['gen_length']} tokens (EOS padding included) in blocks of {how['block_length']}"
+          f"{how['gen_length']} tokens (EOS padding included)"
+          + f" in blocks of {how['block_length']}" * bool(how["block_length"])
           + f"; medians of {repeats}" * (repeats > 1))
     counts = [sum(map(is_right, run, rights)) for run in said] if graded else None
     print(table(runs, answers, seconds, counts))
 
 def table(runs, answers, seconds, counts):
     """-> a line a run. counts: its right answers. Columns without a value are left out."""
-    lines = ["cache,order,refresh,steps,exact,positions run,fewer by,seconds,tokens/s,speed-up,"
-             "same tokens".split(",")]
+    lines = ["cache,order,refresh,steps,exact,positions run,fewer by,guider's,seconds,tokens/s,"
+             "speed-up,same tokens".split(",")]
     for i, (how, base) in enumerate(runs):
-        ran = sum(result.positions_run[row] for _, result, row in answers[i])
+        ran, read = (sum(getattr(result, field)[row] for _, result, row in answers[i])
+                     for field in ("positions_run", "guider_positions"))
         # fewer steps are compared with all of them
         full = sum(result.positions_full[row] for _, result, row in answers[0])
         tokens, G = len(answers[i]) * how["gen_length"], how["gen_length"]
@@ -57,7 +59,8 @@ def table(runs, answers, seconds, counts):
             compared = (f"{seconds[base] / seconds[i]:.2f}x" if seconds else "-",
                         f"{100 * sum(x == y for x, y in pairs) / tokens:.0f}%")
         lines.append([label(how), rule(how), str(refresh), f"{steps:.1f}".removesuffix(".0"), exact,
-                      f"{ran:,}", f"{full / ran:.2f}x", *times, *compared])
+                      f"{ran:,}", f"{full / ran:.2f}x", f"{read:,}" if read else "-", *times,
+                      *compared])
     columns = [column for column in zip(*lines) if {*column[1:]} != {"-"}]
     for c, column in enumerate(columns):
         align, width = str.ljust if c < 2 else str.rjust, max(map(len, column))

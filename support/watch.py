@@ -22,11 +22,14 @@ LEGEND = [f"{mark} {meaning}" for mark, (meaning, _) in MARKS.items()] + ["~ end
 def label(how):
     """The cache, and what is not the default of its loop; refresh has a column of its own."""
     usual = loop_settings(LOOPS[how["cache"]], {}) | {"refresh": how.get("refresh")}
-    odd = [f"{s} {how[s]}" for s, v in usual.items() if how.get(s, v) != v]
+    odd = [f"{s} {how[s]}" for s, v in usual.items() if s != "guider" and how.get(s, v) != v]
     return ", ".join([how["cache"], *odd]).replace("delay False", "no delay").replace(" True", "")
 
 def rule(how):
-    return f"threshold {how['threshold']:g}" if how.get("threshold") else how["remasking"]
+    """autoregressive and guided know one order only."""
+    if how.get("threshold"):
+        return f"threshold {how['threshold']:g}"
+    return how["remasking"] or "left_to_right"
 
 def name(how):
     return f"{label(how)}, {rule(how)}, {how['steps']} steps".removesuffix(", None steps")
