@@ -1,8 +1,10 @@
-"""Convert LLaDA's weights and tokenizer, as Hugging Face stores them, to one checkpoint file.
+"""Convert the weights and the tokenizer of LLaDA, iLLaDA, Dream or Qwen2, as Hugging Face stores
+them, to one checkpoint file. What the families differ in is data: scripts/families.json.
 
 python scripts/convert.py llada            GSAI-ML/LLaDA-8B-Instruct -> checkpoints/llada.pt
-python scripts/convert.py llada-base       GSAI-ML/LLaDA-8B-Base; llada-1.5: GSAI-ML/LLaDA-1.5
-python scripts/convert.py DIR --out my.pt  a folder: config.json, *.safetensors, tokenizer.json
+python scripts/convert.py dream            Dream-org/Dream-v0-Instruct-7B; --help has all names
+python scripts/convert.py DIR --out my.pt  a folder: config.json, *.safetensors, and tokenizer.json
+                                           or vocab.json and merges.txt
 
 Needs safetensors, and huggingface_hub to fetch: python -m pip install -r requirements-llada.txt.
 Only data is read: no code of the repository runs. The file is laid out first and then filled piece
@@ -24,70 +26,118 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from model import Config, DiffusionLM, load  # noqa: E402
+from model import Config, DiffusionLM, load, stored  # noqa: E402
 from scripts.hf_tokenizer import from_folder, read_file  # noqa: E402
 from support.checkpoint import FORMAT, first_line, read  # noqa: E402
 from support.cli import ROOT, Parser, check_out, launch  # noqa: E402
 
 HUB = {"llada": "GSAI-ML/LLaDA-8B-Instruct", "llada-base": "GSAI-ML/LLaDA-8B-Base",
-       "llada-1.5": "GSAI-ML/LLaDA-1.5"}
+       "llada-1.5": "GSAI-ML/LLaDA-1.5", "illada": "GSAI-ML/iLLaDA-8B-Instruct",
+       "dream": "Dream-org/Dream-v0-Instruct-7B", "dream-base": "Dream-org/Dream-v0-Base-7B",
+       "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct", "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+       "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct"}
+SIZES = dict(zip(HUB.values(), 4 * [16.1e9] + 2 * [15.3e9] + [1e9, 3.1e9, 15.3e9]))  # in bytes
 INSTALL = "python -m pip install -r requirements-llada.txt"
 PIECE = 2**26  # bytes that are in memory at a time
-LLADA = read_file(os.path.join(ROOT, "scripts", "llada.json"))
+
+def read_families():
+    """-> {family: its table}. What a table lacks is as in that of the family that it is like."""
+    found = read_file(os.path.join(ROOT, "scripts", "families.json"))
+    for table in found.values():
+        for key, value in found.get(table.get("like"), {}).items():
+            own = table.get(key, value)
+            table[key] = value | own if isinstance(value, dict) else own
+    return found
+
+FAMILIES = read_families()
 
 # -------------------------------------------------------------------------------------------------
 # config.json
 
+def find_family(path, c):
+    """-> one of FAMILIES. A config without a model_type is known by the class of its network."""
+    kind, classes = c.get("model_type"), f"{c.get('architectures')} {c.get('auto_map')}"
+    for family, table in FAMILIES.items():
+        if kind in table["only"]["model_type"] or not kind and table["architecture"] in classes:
+            return family
+    raise ValueError(f"{path}: model_type is {kind!r:.80}, and only these families can be "
+                     f"converted: {', '.join(FAMILIES)}")
+
+def config_of(c, table):
+    """The settings of a config.json -> Config. LLaDA's names are read, others are renamed first."""
+    c = {table["rename"].get(name, name): c[name] for name in table["types"] if name in c}
+    rows = c.get("embedding_size", c["vocab_size"])
+    return Config(**dict(
+        n_layer=c["n_layers"], n_head=c["n_heads"], n_embd=c["d_model"],
+        n_kv_head=c.get("n_kv_heads", 1 if c.get("multi_query_attention") else c["n_heads"]),
+        n_ff=c.get("mlp_hidden_size", int(min(c.get("mlp_ratio", 4), 1e6) * c["d_model"])),
+        vocab_size=rows, n_vocab=c["vocab_size"], max_len=c["max_sequence_length"],
+        mask_id=c.get("mask_token_id", rows - 1), eos_id=c.get("eos_token_id"),
+        rope_theta=float(c.get("rope_theta", 10000.0)), tied=c.get("weight_tying", False),
+        norm_eps=float(c.get("rms_norm_eps", 1e-5)), qkv_bias=c.get("include_qkv_bias", False),
+    ) | table["set"])
+
 def read_config(path):
-    """config.json of a LLaDA -> (Config, notes about unknown settings). ValueError if our network
-    cannot have such a setting."""
-    # only: settings that the network does not have, and the values that mean just that. harmless:
-    # about training, initialization, speed, or for Hugging Face's own code
-    only, types, harmless = LLADA["only"], LLADA["types"], LLADA["harmless"]
+    """config.json -> (one of FAMILIES, Config, notes about unknown settings). ValueError if our
+    network cannot have such a setting."""
     c = read_file(path)
     if not isinstance(c, dict):
         raise ValueError(f"{path} is not a JSON object")
     c = {name: value for name, value in c.items() if value is not None}
-    for name, good in only.items():
-        if name in c and c[name] not in good:
+    family = find_family(path, c)
+    # only: settings that the network does not have, and the values that mean just that. harmless:
+    # about training, initialization, speed, or for Hugging Face's own code
+    only, needed, types, harmless = (FAMILIES[family][key] for key in (
+        "only", "needed", "types", "harmless"))
+    for name in [name for name in only if name in c]:
+        good, each = only[name], isinstance(c[name], list) and c[name]  # a value for each layer
+        if not all(value in good for value in each or [c[name]]):
             raise ValueError(f"{path}: {name} is {c[name]!r:.80}, and this network has only "
                              f"{' or '.join(map(repr, good)) or 'none'}")
-    if lacking := [name for name in LLADA["needed"] if name not in c]:
-        raise ValueError(f"{path} lacks {lacking[0]}")
+    if lacking := [name for name in needed if name not in c]:
+        raise ValueError(f"{path} lacks {lacking[0]}, which a {family} has (its model_type is "
+                         f"{c.get('model_type')!r:.80})")
     for name, kinds in types.items():
         if name in c and type(c[name]).__name__ not in kinds:
             raise ValueError(f"{path}: {name} is {c[name]!r:.80}, expected {' or '.join(kinds)}")
-    config = Config(
-        n_layer=c["n_layers"], n_head=c["n_heads"], n_embd=c["d_model"],
-        n_kv_head=c.get("n_kv_heads", 1 if c.get("multi_query_attention") else c["n_heads"]),
-        n_ff=c.get("mlp_hidden_size", int(min(c.get("mlp_ratio", 4), 1e6) * c["d_model"])),
-        vocab_size=c.get("embedding_size", c["vocab_size"]), n_vocab=c["vocab_size"],
-        max_len=c["max_sequence_length"], mask_id=c["mask_token_id"], eos_id=c.get("eos_token_id"),
-        rope_theta=float(c.get("rope_theta", 10000.0)),
-        norm_eps=float(c.get("rms_norm_eps", 1e-5)), qkv_bias=c.get("include_qkv_bias", False))
-    if fault := config.fault():
+    unknown = sorted(name for name in c.keys() - {*only, *types, *harmless} if c[name])
+    usual = {"type": "default", "rope_type": "default", "rope_theta": c.get("rope_theta")}
+    for name in unknown:  # newer configs have all of it in rope_parameters
+        said = c[name].items() if isinstance(c[name], dict) else [(name, c[name])]
+        if re.search("rope|rotary", name) and any(usual.get(k, ...) != v for k, v in said):
+            raise ValueError(f"{path}: {name} is {c[name]!r:.80}, and of the rotary settings only "
+                             "rope_theta, a number beside it, is read")
+    if len({c[name] for name in ("weight_tying", "tie_word_embeddings")
+            if name in c and name in types}) > 1:
+        raise ValueError(f"{path}: weight_tying and tie_word_embeddings contradict each other")
+    config = config_of(c, FAMILIES[family])
+    fault = config.fault()
+    if not fault and c.get("head_dim", config.head_dim) != config.head_dim:
+        fault = f"head_dim is {c['head_dim']}, and this network has only width / heads"
+    if fault:
         raise ValueError(f"{path}: {fault}")
-    return config, [f"{path}: the unknown setting {name} = {c[name]!r:.80} is ignored"
-                    for name in sorted(c.keys() - {*only, *types, *harmless}) if c[name]]
+    return family, config, [f"{path}: the unknown setting {name} = {c[name]!r:.80} is ignored"
+                            for name in unknown]
 
 # -------------------------------------------------------------------------------------------------
-# the tensors: beware, ff_out is the head at the top and the MLP's last matrix in a block
+# the tensors: beware, LLaDA's ff_out is the head at the top and the MLP's last matrix in a block
 
-TOP = {"wte": "wte", "ln_f": "norm", "ff_out": "head"}
-BLOCK = {"attn_norm": "attn_norm", "q_proj": "attn.q", "k_proj": "attn.k", "v_proj": "attn.v",
-         "attn_out": "attn.o", "ff_norm": "mlp_norm", "ff_proj": "mlp.gate", "up_proj": "mlp.up",
-         "ff_out": "mlp.down"}
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
-def their_names(config):
-    """-> {their name: our name} of every parameter of the network."""
-    names = {f"model.transformer.{theirs}.weight": f"{ours}.weight" for theirs, ours in TOP.items()}
+def their_names(config, table, both=False):
+    """-> {their name: our name} of every parameter of the network. both: with that of a tied head
+    too, which some files have beside the embedding."""
+    how, found = table["names"], {}
+    for theirs, ours in how["top"].items():
+        tied = config.tied and ours == "head"
+        if both or not tied:
+            found[f"{how['prefix']}{theirs}.weight"] = "wte.weight" if tied else f"{ours}.weight"
     for i in range(config.n_layer):
-        for theirs, ours in BLOCK.items():
-            biased = config.qkv_bias and theirs in ("q_proj", "k_proj", "v_proj")
+        for theirs, ours in how["block"].items():
+            biased = config.qkv_bias and ours in ("attn.q", "attn.k", "attn.v")
             for kind in ("weight", "bias") if biased else ("weight",):
-                names[f"model.transformer.blocks.{i}.{theirs}.{kind}"] = f"blocks.{i}.{ours}.{kind}"
-    return names
+                found[f"{how['blocks']}.{i}.{theirs}.{kind}"] = f"blocks.{i}.{ours}.{kind}"
+    return found
 
 def opened(path):
     """-> a safetensors file, to be used in a with statement. A damaged one is a ValueError."""
@@ -123,7 +173,9 @@ def find_shards(folder):
 
 def match_names(held, names):
     """Check that the files have the tensors of the network and no others."""
-    extra, missing = sorted(held - names.keys()), sorted(names.keys() - held)
+    given = {names[name] for name in held if name in names}
+    extra = sorted(held - names.keys())
+    missing = sorted(name for name, ours in names.items() if ours not in given)
     if extra and missing:
         # a wrapper that trained the model puts its own prefix before every name
         found = next((name for name in extra if name.endswith(missing[0])), extra[0])
@@ -218,7 +270,11 @@ def write(path, data, shards, names, bar):
                 for theirs in tensors:
                     name = names[theirs]
                     f.seek(begin[name])
-                    sums[name] = copy(source.get_slice(theirs), weights[name], bar, f)
+                    found = copy(source.get_slice(theirs), weights[name], bar, f)
+                    if sums.setdefault(name, found) != found:
+                        raise ValueError(
+                            "config.json says by weight_tying or tie_word_embeddings that head and "
+                            f"embedding are one, and the files have different ones: {theirs}")
         f.flush()
         os.fsync(f.fileno())
         if hasattr(os, "posix_fadvise"):  # so that it is read back from the disk, not from memory
@@ -229,50 +285,67 @@ def write(path, data, shards, names, bar):
             raise ValueError(f"{path} does not read back as it was written ({name}): the disk may "
                              "be faulty")
 
-def fit_tokenizer(source, config, tokenizer, name):
+def fit_tokenizer(source, config, tokenizer, name, table):
     """-> the config with the tokenizer's ids, extra of the checkpoint, notes. name: one of HUB, if
     the source has to be that."""
-    length = min(128, max(1, config.max_len // 2))
-    extra = {"gen_length": length, "block_length": 32 if length % 32 == 0 else length}
+    length, block = min(128, max(1, config.max_len // 2)), table["block"]
+    extra = {"gen_length": length, "block_length": block if length % block == 0 else length}
+    extra |= table["extra"]
     if not tokenizer:
         if name in HUB:
             raise ValueError(f"{source} is not {HUB[name]}: it has no tokenizer")
         return config, extra, [f"{source} has no tokenizer: the checkpoint works on ids "
                                "(sample.py --ids 1,2,3)"]
-    special, top = tokenizer.special, max(tokenizer.bytes)
-    mask = special.get("<|mdm_mask|>", config.mask_id)
+    special, top, text = tokenizer.special, max(tokenizer.bytes), table["mask"]
     if top >= config.vocab_size:
         raise ValueError(f"{source}: the tokenizer has the id {top}, and the network "
                          f"{config.vocab_size} rows")
-    if "<|endoftext|>" in special and mask != config.mask_id:
+    ends = [special[end] for end in table["ends"] if end in special]
+    mask = special.get(text, config.mask_id)
+    if not text:
+        # a causal model has no mask. Columns that are not written yet have to hold an id that is
+        # never written: a row without a token, or else a token that no text is encoded to
+        free = [i for i in special.values() if i not in (config.eos_id, *ends)]
+        free += tokenizer.unmerged.values()
+        if top + 1 == config.vocab_size and not free:
+            raise ValueError(f"{source}: every id is a token of text, and one is needed as a mask")
+        mask = top + 1 if top + 1 < config.vocab_size else free[-1]
+    elif mask != config.mask_id:
         raise ValueError(f"{source}: mask_token_id is {config.mask_id} in config.json, and "
-                         f"<|mdm_mask|> is {mask} in the tokenizer")
-    config = dataclasses.replace(config, n_vocab=top + 1, eot_id=special.get("<|eot_id|>"))
-    notes = check_llada(tokenizer, config) if config.vocab_size == 126464 else []
+                         f"{text} is {mask} in the tokenizer")
+    config = dataclasses.replace(config, n_vocab=top + 1, mask_id=mask, eot_id=next(
+        (end for end in ends if end != config.eos_id), None))
+    known = config.vocab_size in table["known_rows"]
+    notes = check_known(tokenizer, config, table) if known else []
     if fault := config.fault():
         raise ValueError(f"{source}: with the tokenizer's ids, {fault}")
-    if {*LLADA["headers"], "<|startoftext|>"} <= special.keys():
-        extra["chat"] = "llada"
-    elif name in HUB and name != "llada-base":
+    # Qwen2's base models have the headers as well, but do not end with one. Dream's base differs
+    # from Instruct in nothing but the name
+    chats = {*table["headers"], *table["needs"]} <= special.keys()
+    ends_chat = config.eos_id == special.get(table["chat_end"], config.eos_id)
+    if chats and ends_chat and "base" not in (name or "").lower():
+        extra["chat"] = table["template"]
+    elif name in HUB and not name.endswith("-base"):
         raise ValueError(f"{source} is not {HUB[name]}: it has no headers of a chat in its "
-                         "tokenizer")
+                         "tokenizer, or does not end with one")
     return config, extra, notes
 
 def convert(source, out, dtype=None, name=None):
     """Convert a folder to the file out. name: one of HUB, if the folder has to be that. ValueError
     if anything is wrong; a file out that exists then stays as it is."""
     out = os.path.abspath(out)
-    config, notes = read_config(os.path.join(source, "config.json"))
+    family, config, notes = read_config(os.path.join(source, "config.json"))
+    table = FAMILIES[family]
     shards = find_shards(source)
     if config.n_layer > (n := sum(map(len, shards.values()))):
         raise ValueError(f"{source}: n_layers is {config.n_layer}, and the files have {n} tensors")
     tokenizer = from_folder(source)
-    config, extra, more = fit_tokenizer(source, config, tokenizer, name)
-    names = their_names(config)
+    config, extra, more = fit_tokenizer(source, config, tokenizer, name, table)
+    names = their_names(config, table, both=True)
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in DiffusionLM(config).state_dict().items()}
+        shapes = {name: p.shape for name, p in stored(DiffusionLM(config)).items()}
     dtypes = check_headers(shards, names, shapes)
-    dtype = dtype or dtypes["model.transformer.wte.weight"]
+    dtype = dtype or next(d for name, d in dtypes.items() if names[name] == "wte.weight")
     weights = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
     size = sum(w.nbytes for w in weights.values())
     print(f"{len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} parameters, "
@@ -304,42 +377,46 @@ def convert(source, out, dtype=None, name=None):
                 os.remove(temp)
 
 # -------------------------------------------------------------------------------------------------
-# the real LLaDA, to compare a tokenizer with. In llada.json the special tokens are those of its
-# tokenizer_config.json, and the texts were spelled by other people's copies
+# the real ones, to compare a tokenizer with. LLaDA's special tokens in families.json are those of
+# its tokenizer_config.json, and the texts were spelled by other people's copies. iLLaDA's are
+# inventions for the stand-in, and nothing is compared with them
 
-def special_tokens(base=False):
-    """LLaDA's added tokens, ordered by id, {text: id}. The base model lacks headers of a chat."""
-    names = LLADA["special"] | ({} if base else LLADA["headers"])
-    names |= {f"<|reserved_token_{i}|>": 126084 + i for i in range(256) if i != 252}
+def special_tokens(table, base=False):
+    """A family's added tokens, ordered by id, {text: id}. LLaDA's base model lacks headers of a
+    chat."""
+    names = table["special"] | ({} if base else table["headers"])
+    if first := table["reserved"]:
+        names |= {f"<|reserved_token_{i}|>": first + i for i in range(256) if i != 252}
     return dict(sorted(names.items(), key=lambda pair: pair[1]))
 
-def check_llada(tokenizer, config):
-    """-> notes about what differs from the real LLaDA. ValueError for an Instruct model with wrong
-    special ids. A tokenizer without any headers of a chat is the base model's."""
-    special = tokenizer.special
-    base = not LLADA["headers"].keys() & special.keys()
-    expected, spelled = special_tokens(base), LLADA["spelled"] | ({} if base else LLADA["chat"])
+def check_known(tokenizer, config, table):
+    """-> notes about what differs from the family's real models. ValueError for a LLaDA Instruct
+    with wrong special ids. A tokenizer without any headers of a chat is the base model's."""
+    special, texts = tokenizer.special, table["texts"]
+    base = not table["headers"].keys() & special.keys()
+    expected = special_tokens(table, base)
+    spelled = table["spelled"] | ({} if base else table["chat"])
     notes = [f"{text} is {special.get(text)}, expected {i}" for text, i in expected.items()
              if special.get(text) != i]
-    right = len(expected) - len(notes)
-    if config.mask_id != 126336 or config.eos_id != 126081:
+    right, ids = len(expected) - len(notes), table["ids"]
+    if ids and ids != [config.mask_id, config.eos_id]:
         notes.append(f"config.json has the mask {config.mask_id} and the end of text "
-                     f"{config.eos_id}, expected 126336 and 126081")
-    if notes and not base:
+                     f"{config.eos_id}, expected {ids[0]} and {ids[1]}")
+    if notes and table["strict"] and not base:
         more = f" (and {len(notes) - 1} more)" if len(notes) > 1 else ""
-        raise ValueError("this is not LLaDA-8B-Instruct, although it has headers of a chat: "
+        raise ValueError(f"this is not {table['strict']}, although it has headers of a chat: "
                          f"{notes[0]}{more}")
     found = {text: tokenizer.encode(text, special=True) for text in spelled}
     other = [f"{text[:30]!r} begins with the ids {found[text][:4]}, expected {ids[:4]}"
              for text, ids in spelled.items() if found[text] != ids]
     n, unmerged = len(tokenizer.ranks), len(tokenizer.unmerged)
-    if n + unmerged != 126080 or len(special) != len(expected):
+    if n + unmerged != texts or len(special) != len(expected):
         notes.append(f"the tokenizer has {n + unmerged:,} tokens of text ({unmerged:,} of them are "
-                     f"never made) and {len(special)} special ones, expected 126,080 and "
+                     f"never made) and {len(special)} special ones, expected {texts:,} and "
                      f"{len(expected)}")
-    kind = "Base (without headers of a chat)" if base else "Instruct (with headers of a chat)"
     print(f"tokenizer: {n:,} tokens spell text; {right} of {len(expected)} special ids and "
-          f"{len(spelled) - len(other)} of {len(spelled)} texts are as expected; {kind}")
+          f"{len(spelled) - len(other)} of {len(spelled)} texts are as expected; "
+          f"with{'out' * base} headers of a chat")
     return notes + other
 
 # -------------------------------------------------------------------------------------------------
@@ -364,13 +441,14 @@ def fetch(repo, out, ask=False):
     folder, out, store = None, os.path.abspath(out), constants.HF_HUB_CACHE
     with contextlib.suppress(Exception):  # fetching will name what is wrong
         there = snapshot_download(repo, allow_patterns=wanted, local_files_only=True)
-        if find_shards(there) and {"config.json", "tokenizer.json"} <= {*os.listdir(there)}:
+        held = {*os.listdir(there)}
+        if find_shards(there) and "config.json" in held and (
+                "tokenizer.json" in held or {"vocab.json", "merges.txt"} <= held):
             folder = there
     if not folder and constants.HF_HUB_OFFLINE:
         raise ValueError(f"HF_HUB_OFFLINE is set, and {repo} was not fetched before: unset it, or "
                          "give a folder that has the files")
-    size = sum(map(os.path.getsize, find_shards(folder))) if folder else (
-        16.1e9 if repo in HUB.values() else 0)
+    size = sum(map(os.path.getsize, find_shards(folder))) if folder else SIZES.get(repo, 0)
     if not folder:
         blobs = os.path.join(store, f"models--{repo.replace('/', '--')}", "blobs", "*")
         rest = size - sum(map(os.path.getsize, glob.glob(blobs)))  # of an interrupted fetch
@@ -391,7 +469,7 @@ def fetch(repo, out, ask=False):
 
 def main(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("source", metavar="llada|llada-base|llada-1.5|HUB_ID|DIR")
+    p.add_argument("source", metavar="NAME|HUB_ID|DIR", help=f"NAME: {', '.join(HUB)}")
     p.add_argument("--out", metavar="FILE", help="default: checkpoints/NAME.pt")
     p.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: as stored")
     p.add_argument("--ask", action="store_true", help="ask before fetching (sample.py gives this)")

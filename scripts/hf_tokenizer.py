@@ -2,10 +2,16 @@
 Tokenizer, which needs only tiktoken. A part that cannot be converted exactly is refused by name.
 
 The two merge differently. Hugging Face has a list of pairs. tiktoken joins any two neighbours whose
-bytes together are a token, the token that was made first before the others, and takes a piece that
+bytes together are a token, the token of the lowest rank before the others, and takes a piece that
 is a token as it is. They agree on every text if every token, spelled in single bytes and merged by
-the pairs, comes out as that token. This is checked for all tokens.
+the pairs, comes out as that token, and ranks as the last pair of that does: within a longer text
+its bytes are merged in the same way. This is checked for all tokens.
+
+With ignore_merges (Llama 3.1) Hugging Face too takes a piece that is a token as it is. Then a token
+that does not come out is right as well, unless its bytes end as two tokens, which tiktoken alone
+would join in the middle of a piece.
 """
+import functools
 import json
 import os
 import sys
@@ -94,6 +100,7 @@ def check_syntax(pattern):
     if regex.search(r"\[\^?(?:\\.|[^]\\])*(\[|--|&&|~~)", pattern):
         refuse("a set within a set in the pattern", pattern)
 
+@functools.cache  # takes a second, and tests convert the same patterns many times
 def total(pattern):
     """The pattern for tiktoken. tiktoken drops text that the pattern does not match, Hugging Face
     keeps it as a piece, so a pattern that leaves anything out gets an alternative for it."""
@@ -140,26 +147,28 @@ def read_added(tokens, nfc):
             refuse("an added token that is normalized and overlaps one that is not", a)
     return added
 
-def merge(text, rank):
+def merge(text, rank, least=1):
     """Merge text, one piece in LETTERS, by the pairs in the order of their ranks, as Hugging Face
-    does. -> list of tokens"""
+    does, until so few are left. -> list of tokens"""
     parts = list(text)
-    while found := [(rank[pair], i) for i, pair in enumerate(zip(parts, parts[1:]))
-                    if pair in rank]:
+    while len(parts) > least:
+        found = [(rank[p], i) for i, p in enumerate(zip(parts, parts[1:])) if p in rank]
+        if not found:
+            break
         i = min(found)[1]
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 def build(vocab, merges, added, pattern, nfc, prefix_space, ignore_merges=False):
     """vocab {token in LETTERS: id}, merges [(a, b)], added {text: id} -> Tokenizer"""
-    for token, i in need(vocab, "vocab", dict).items():
+    for token, i in need(vocab, "vocab.json", dict).items():
         need(i, f"the id of {token!r}", int)
         if added.get(token, i) != i:
             refuse("an added token that has another id in the vocabulary", token)
     vocab = {token: i for token, i in vocab.items() if token not in added}
     if lacking := [f"0x{b:02x}" for letter, b in LETTERS.items() if letter not in vocab]:
         refuse("the list of single bytes without a token", lacking)
-    ranks, rank = {letter: vocab[letter] for letter in LETTERS}, {}
+    rank = {}
     for pair in merges:
         if [*map(type, pair)] != [str, str]:
             refuse("a merge", pair)
@@ -169,16 +178,20 @@ def build(vocab, merges, added, pattern, nfc, prefix_space, ignore_merges=False)
         if (a, b) in rank or not set(a + b) <= LETTERS.keys():
             refuse("a merge that is there twice or is not of bytes", [a, b])
         rank[a, b] = len(rank)
-        ranks.setdefault(a + b, vocab[a + b])  # a token made in two ways: the first one counts
-    if wrong := [t for t in ranks if merge(t, rank) != [t]]:  # the check of every token
-        refuse(f"the list of tokens ({len(wrong)} of {len(ranks)}) that their own bytes do not "
+    # the check of every token. Of several ways to make a token one is taken, and its rank counts
+    made = dict.fromkeys(a + b for a, b in rank)
+    if ignore_merges:
+        made |= dict.fromkeys(t for t in vocab if len(t) > 1 and set(t) <= LETTERS.keys())
+    last = {t: tuple(merge(t, rank, least=2)) for t in made}
+    wrong = [t for t in made if last[t] not in rank]
+    if wrong and not ignore_merges:
+        refuse(f"the list of tokens ({len(wrong)} of {len(made)}) that their own bytes do not "
                "merge to", wrong[:3])
-    if ignore_merges:  # a piece that is a token is taken as it is, even if no merge makes it
-        whole = {t: i for t, i in vocab.items() if t not in ranks and set(t) <= LETTERS.keys()}
-        ranks |= whole
-        for t in whole:  # but tiktoken would also make it in the middle of a piece
-            if any(t[:i] in ranks and t[i:] in ranks for i in range(1, len(t))):
-                refuse("with ignore_merges, a token that no merge makes, of two that exist", t)
+    for t in wrong:
+        if len(last[t]) == 2:
+            refuse("with ignore_merges, a token that no merge makes, of two that exist", t)
+    order = sorted(made, key=lambda t: rank.get(last[t], len(rank)))
+    ranks = {t: vocab[t] for t in [*LETTERS, *order]}
     unmade = {t: i for t, i in vocab.items() if t not in ranks}
 
     def in_bytes(tokens):
@@ -223,8 +236,11 @@ def from_parts(vocab, merges, config, more):
                if t not in known]
     pairs = [line.split(" ") for line in merges.split("\n")
              if line and not line.startswith("#version")]
-    return build(vocab, pairs, read_added(tokens, nfc), pattern, nfc,
+    made = build(vocab, pairs, read_added(tokens, nfc), pattern, nfc,
                  bool(config.get("add_prefix_space")))
+    if lost := [repr(b) for b in made.unmerged if not regex.fullmatch(rb"<.+>", b)]:
+        refuse("merges.txt is cut, or the list of tokens that it does not make", lost[:3])
+    return made
 
 def read_file(path, parse=json.loads):
     try:

@@ -12,8 +12,8 @@ import torch
 FORMAT = "dkv-min 1"
 # what a checkpoint may hold for sample.py: defaults, the text around a prompt, prompts to show, or
 # problems to solve
-EXTRA = {"gen_length": int, "block_length": int, "known_order": str, "template": str, "chat": str,
-         "prompts": list, "problems": list}
+EXTRA = {"gen_length": int, "block_length": int, "known_order": str, "schedule": str,
+         "remasking": str, "template": str, "chat": str, "prompts": list, "problems": list}
 
 def first_line(e):
     """The reason of an exception in a few words. torch wraps a full disk in an error of its own:

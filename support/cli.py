@@ -15,7 +15,8 @@ from support.processes import first_to_speak, ranks
 from support.settings import loop_settings
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-LLADA = ("llada", "llada-base", "llada-1.5")  # scripts/convert.py fetches them by these names
+HUB = ("llada", "llada-base", "llada-1.5", "illada", "dream", "dream-base", "qwen2.5-0.5b",
+       "qwen2.5-1.5b", "qwen2.5-7b")  # scripts/convert.py fetches them by these names
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -93,13 +94,13 @@ def pick_device(name):
     return "cuda"
 
 def load_checkpoint(name, device, dtype, yes=False):
-    """-> model, tokenizer. name: a bundled model, a LLaDA, which is fetched and converted on
+    """-> model, tokenizer. name: a bundled model, one of HUB, which is fetched and converted on
     first use if the user agrees, or a path. dtype: "auto", None (as stored) or a torch.dtype."""
-    path = os.path.join(ROOT, "checkpoints", f"{name}.pt") if name in (
-        "tiny", "guider", *LLADA) else name
+    bundled = ("tiny", "guider", *HUB)
+    path = os.path.join(ROOT, "checkpoints", f"{name}.pt") if name in bundled else name
     if not os.path.exists(path):
-        if name not in LLADA:
-            raise ValueError(f"there is no {path}: give --ckpt tiny, {', '.join(LLADA)} or a path")
+        if name not in HUB:
+            raise ValueError(f"there is no {path}: give --ckpt tiny, {', '.join(HUB)} or a path")
         fetch(name, yes)
     model, tokenizer = load(path, device, dtype)
     if dtype == "auto" and device == "cpu" and sum(p.numel() for p in model.parameters()) >= 1e9:

@@ -7,16 +7,25 @@ from tqdm import tqdm
 
 from dkv_min import generate
 
+# the tokens of a conversation: its begin; before a turn; with the turn's text; after the turn
+CHATS = {
+    "llada": ("<|startoftext|>", "<|start_header_id|>{}<|end_header_id|>", "\n\n", "<|eot_id|>"),
+    "chatml": ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", "<|im_start|>",
+               "{}\n", "<|im_end|>\n")}
+
 def encode(turns, tokenizer, extra, raw=False):
     """The ids that the model is given. turns: texts of the user and of the model, alternately, the
     user's first and last. In a template special tokens are tokens; in a turn they are text."""
-    if extra.get("chat") == "llada" and not raw:
-        ids = tokenizer.encode("<|startoftext|>", special=True)
+    chat = extra.get("chat")
+    if chat in CHATS and not raw:
+        begin, *before, after = CHATS[chat]
+        ids = tokenizer.encode(begin, special=True)
         for i, text in enumerate([*turns, None]):
-            role = f"<|start_header_id|>{'assistant' if i % 2 else 'user'}<|end_header_id|>"
-            ids += tokenizer.encode(role, special=True)
-            ids += tokenizer.encode("\n\n" + (text or "").strip())
-            ids += tokenizer.encode("<|eot_id|>", special=True) if text is not None else []
+            mark, head = (part.format("assistant" if i % 2 else "user") for part in before)
+            said = text or ""
+            ids += tokenizer.encode(mark, special=True)
+            ids += tokenizer.encode(head + (said.strip() if chat == "llada" else said))
+            ids += tokenizer.encode(after, special=True) if text is not None else []
         return ids
     template = "{}" if raw else extra.get("template", "{}")  # the toy's: a question and a newline
     parts = [text + "\n" if i % 2 else template.replace("{}", text) for i, text in enumerate(turns)]

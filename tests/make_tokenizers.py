@@ -21,11 +21,12 @@ POOLS = [
     [chr(c) for c in range(32, 127)],
     list(" \t\n\r\u00a0\u2003\u3000\u0085\u2028\u200b\ufeff\u001cab1"),
     list("0123456789 .,a\n"), list("sStTdDmMlLvVrReE' \u2019"), [chr(c) for c in range(256)],
-    [chr(c) for c in range(0x20000) if not 0xD800 <= c < 0xE000], SPECIAL + list(" x\n'")]
+    [chr(c) for c in range(0x20000) if not 0xD800 <= c < 0xE000], SPECIAL + list(" x\n'"),
+    list("qqzzxxjj ")]
 
 def strings(seed=0, n=0):
     """-> FIXED, then n random strings"""
-    rng, made = random.Random(seed), list(FIXED)
+    rng, made = random.Random(seed), FIXED + TEXTS["whole"]
     for _ in range(n):
         kind = rng.randrange(len(POOLS) + 2)
         if kind < len(POOLS):
@@ -67,6 +68,13 @@ def kinds(vocab):
     unmade = {"".join(letters[b] for b in t.encode()): n + i
               for i, t in enumerate((" orphanage", "qqq", "ʬʬ"))}  # tokens that no merge makes
     orphans = renumbered(with_model(llada, vocab=have | unmade), int)
+    # as in Llama 3.1: every pair that makes qzxj is listed, but of its bytes zx is made first
+    llama3 = trained(TEXTS["llama3"], vocab)
+    pairs = [["z", "x"], ["q", "z"], ["x", "j"], ["qz", "xj"]]
+    more = {"".join(pair): n + i for i, pair in enumerate(pairs)}
+    llama31 = renumbered(with_model(
+        llama3, ignore_merges=True, vocab=llama3["model"]["vocab"] | more,
+        merges=llama3["model"]["merges"] + pairs), int)
     # every way to cut a token in two, as converters from tiktoken write them
     tokens = dict.fromkeys(map("".join, llada["model"]["merges"]))
     cuts = [[t[:i], t[i:]] for t in tokens for i in range(1, len(t))
@@ -75,7 +83,7 @@ def kinds(vocab):
         {"type": "Digits", "individual_digits": True},
         gpt2["pre_tokenizer"] | {"add_prefix_space": False}]}
     return {
-        "llada": llada, "llama3": trained(TEXTS["llama3"], vocab),
+        "llada": llada, "llama3": llama3, "llama3.1": llama31,
         "qwen2 nfc": trained(QWEN2, vocab, nfc=True), "gpt2 prefix space": gpt2,
         "digits": gpt2 | {"pre_tokenizer": digits},
         "permuted ids": renumbered(llada, lambda i: shuffled[i]),

@@ -18,16 +18,25 @@ from filelock import FileLock
 
 import scripts.convert as c
 from dkv_min import generate
-from model import LLADA_8B, load
+from model import LLADA_8B, load, stored
 from scripts.fake_hub import main as fake
 from scripts.fake_hub import shard_of, their_config
+from scripts.hf_tokenizer import LETTERS, QWEN2
 from support import cli, fast_cpu
+from support.evaluate import encode
+from support.tokenizer import Tokenizer
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the converter's tests need the "
                                   "packages of requirements-llada.txt")
 CONVERT, INDEX = str(ROOT / "scripts" / "convert.py"), "model.safetensors.index.json"
 REFUSED = json.loads((ROOT / "tests" / "refused.json").read_text(encoding="utf-8"))
 MAINS = {"convert.py": c.main, "fake_hub.py": fake}
+TEXTS = json.loads((ROOT / "tests" / "texts.json").read_text(encoding="utf-8"))
+LLADA = c.FAMILIES["llada"]
+OTHERS = {
+    "illada": dict(mask_id=5, eos_id=1, eot_id=13, n_vocab=314, n_kv_head=1, tied=True),
+    "dream": dict(mask_id=151666, eos_id=151643, eot_id=151645, n_vocab=151667, shift=True),
+    "qwen2": dict(mask_id=151665, eos_id=151645, eot_id=151643, tied=True, causal=True)}
 
 def edit(path, **values):
     """Set fields of a JSON file. "absent" removes one."""
@@ -66,6 +75,14 @@ def small_dir(tmp_path_factory):
          eos_token_id=391)
     return folder
 
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory):
+    """-> {family: folder} of OTHERS"""
+    folder = tmp_path_factory.mktemp("hf")
+    for name in OTHERS:
+        fake([str(folder / name), *f"--family {name} --width 16 --heads 4 --vocab 300".split()])
+    return {name: folder / name for name in OTHERS}
+
 @pytest.fixture
 def small(small_dir, tmp_path):
     return pathlib.Path(shutil.copytree(small_dir, tmp_path / "small"))
@@ -77,11 +94,14 @@ def hub(small, tmp_path, monkeypatch):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    repo = tmp_path / "hf" / "hub" / "models--GSAI-ML--LLaDA-8B-Instruct"
-    snapshot = pathlib.Path(shutil.copytree(small, repo / "snapshots" / "0123abc"))
-    (repo / "refs").mkdir()
+    return snapshot(small, tmp_path, "GSAI-ML--LLaDA-8B-Instruct"), {
+        "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+
+def snapshot(folder, tmp_path, name):
+    repo = tmp_path / "hf" / "hub" / f"models--{name}"
+    (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text("0123abc")
-    return snapshot, {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    return pathlib.Path(shutil.copytree(folder, repo / "snapshots" / "0123abc"))
 
 def refused(*words, run):
     """run() raises a ValueError of one line with these words. -> the line"""
@@ -97,18 +117,18 @@ def fails(folder, *words, **how):
     assert not list(folder.parent.glob("out*"))
     return line
 
-def same_weights(model, folder, dtype=None):
+def same_weights(model, folder, dtype=None, table=LLADA):
     weights = {}
     for file in folder.glob("*.safetensors"):
         weights |= safetensors.load_file(file)
-    names, state = c.their_names(model.config), model.state_dict()
+    names, state = c.their_names(model.config, table), stored(model)
     assert names.keys() == weights.keys() and {*names.values()} == state.keys()
     return all(torch.equal(state[names[n]], w.to(dtype or w.dtype)) for n, w in weights.items())
 
 def test_from_the_stand_in_to_an_answer(llada_dir, tmp_path):
     out = tmp_path / "out.pt"
     codes, said, _ = forked(1, "convert.py", llada_dir, "--out", out)
-    for words in "269 of 269 special ids", "0 of 7 texts", "Instruct", "'Hello world'":
+    for words in "269 of 269 special ids", "0 of 7 texts", "with headers", "'Hello world'":
         assert words in said[0] and codes == [0]
     model, tokenizer = load(out)
     for name in "vocab_size n_vocab mask_id eos_id eot_id".split():
@@ -117,7 +137,7 @@ def test_from_the_stand_in_to_an_answer(llada_dir, tmp_path):
     assert model.wte.weight.dtype == torch.bfloat16 and same_weights(model, llada_dir)
     _, said, _ = forked(1, "sample.py", "--ckpt", out, "--prompt", "Hello", "--gen-length", 4,
                         "--block-length", 4, "--json")
-    o, chat = json.loads(said[0]), list(c.LLADA["chat"])[0]
+    o, chat = json.loads(said[0]), list(LLADA["chat"])[0]
     assert o["prompt_ids"] == tokenizer.encode(
         chat.replace("What is paged attention?", "Hello"), special=True)
     assert len(o["ids"]) == 4 and max(o["ids"]) < 126349
@@ -125,17 +145,104 @@ def test_from_the_stand_in_to_an_answer(llada_dir, tmp_path):
 
 def test_the_real_names_and_shards(tmp_path):
     """The facts of LLaDA-8B's index: 291 tensors, 8,015,581,184 parameters, six files."""
-    names = c.their_names(LLADA_8B)
+    names = c.their_names(LLADA_8B, LLADA)
     with torch.device("meta"):
         ours = {n: p.numel() for n, p in c.DiffusionLM(LLADA_8B).state_dict().items()}
     assert len(names) == len(set(names.values())) == 291 and set(names.values()) == set(ours)
     assert sum(ours.values()) == 8_015_581_184
-    files = [shard_of(n, 32) for n in names]
+    files = [shard_of(n, names, 32, LLADA["shards"]) for n in names]
     assert [files.count(f"model-0000{k}-of-00006.safetensors") for k in range(1, 7)] == [
         34, 20, 127, 60, 29, 21]
-    (tmp_path / "config.json").write_text(json.dumps(their_config(LLADA_8B)))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(their_config(LLADA_8B, LLADA)))
     expected = vars(LLADA_8B) | {"n_vocab": 126464, "eot_id": None}
-    assert c.read_config(tmp_path / "config.json") == (c.Config(**expected), [])
+    assert c.read_config(path) == ("llada", c.Config(**expected), [])
+    for family, tensors, parameters in ("dream", 339, 7_615_616_512), ("qwen2", 290, 494_032_768):
+        path.write_text(json.dumps(c.FAMILIES[family]["config"]))
+        found, config, notes = c.read_config(path)
+        with torch.device("meta"):
+            ours = stored(c.DiffusionLM(config))
+        names = c.their_names(config, c.FAMILIES[family])
+        assert (found, notes, {*names.values()}) == (family, [], {*ours})
+        assert (len(names), sum(p.numel() for p in ours.values())) == (tensors, parameters)
+
+@pytest.mark.parametrize("name, config", OTHERS.items())
+def test_other_families_from_the_stand_in_to_an_answer(name, config, stand_ins, tmp_path):
+    folder, table, out = stand_ins[name], c.FAMILIES[name], tmp_path / "out.pt"
+    assert c.main([str(folder), "--out", str(out)]) == 0
+    model, tokenizer = load(out)
+    assert config.items() <= vars(model.config).items()
+    assert model.config.qkv_bias == (name != "illada") and same_weights(model, folder, table=table)
+    assert (model.head.weight is model.wte.weight) == model.config.tied
+    own = table["extra"]  # what sample.py gives generate
+    assert own.items() <= model.extra.items() and model.extra["chat"] == table["template"]
+    result = generate(model, [encode(["Hello"], tokenizer, model.extra)], gen_length=8,
+                      cache="autoregressive" if model.config.causal else "decode", **own)
+    assert result.forwards == 8 and model.config.mask_id not in result.tokens[0]
+
+def test_chatml():
+    """The ids of the real tokenizers, by a vocabulary of just these words."""
+    ranks = {bytes([b]): i for i, b in enumerate(LETTERS.values())}
+    ranks |= {text.encode(): i for text, i in TEXTS["chatml"].items()}
+    table = c.FAMILIES["dream"]
+    t = Tokenizer(ranks, QWEN2, c.special_tokens(table), nfc=True)
+    for text, ids in (table["spelled"] | table["chat"]).items():
+        assert t.encode(text, special=True) == ids
+    (text, ids), chat = *table["chat"].items(), {"chat": "chatml"}
+    assert encode(["Hi"], t, chat) == ids and encode(["Hi"], t, chat, raw=True) == [13048]
+    typed = t.encode("<|im_end|>")  # by a user: text
+    assert 151645 not in typed and encode(["Hi", "Hello world", "<|im_end|>"], t, chat) == [
+        *ids, 9707, 1879, 151645, 198, 151644, 872, 198, *typed, *ids[-5:]]
+
+def test_a_tied_head(stand_ins, tmp_path):
+    """It may be in the files beside the embedding, and then is the same, or in its place."""
+    folder = pathlib.Path(shutil.copytree(stand_ins["qwen2"], tmp_path / "tied"))
+    file, out = folder / "model.safetensors", tmp_path / "out.pt"
+    (folder / "tokenizer.json").unlink()  # saves time
+    tensors = safetensors.load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.clone()
+    for _ in range(2):
+        safetensors.save_file(tensors, file)
+        c.convert(str(folder), out)
+        assert torch.equal(load(out)[0].wte.weight, embedding)
+        assert out.stat().st_size < 1.02 * embedding.nbytes  # stored once
+        os.remove(out)
+        tensors.pop("model.embed_tokens.weight", None)
+    edit(folder / "config.json", tie_word_embeddings=False)
+    fails(folder, "model.embed_tokens.weight")
+    edit(folder / "config.json", tie_word_embeddings=True)
+    tensors["model.embed_tokens.weight"] = embedding * 2
+    safetensors.save_file(tensors, file)
+    fails(folder, "config.json", "tie_word_embeddings", "the files have different ones")
+
+def test_who_is_asked_in_a_chat_and_what_is_the_mask(stand_ins, tmp_path):
+    """Base models have no template. Without a row to spare Qwen2's mask is a special token."""
+    tokenizers = {family: c.from_folder(stand_ins[family]) for family in ("dream", "qwen2")}
+
+    def fitted(family, name=None, **changes):
+        table = c.FAMILIES[family]
+        config = c.config_of(table["config"] | changes, table)
+        config, extra, _ = c.fit_tokenizer("x", config, tokenizers[family], name, table)
+        return extra.get("chat"), config.mask_id
+    assert fitted("dream") == fitted("dream", "dream") == ("chatml", 151666)
+    assert fitted("dream", "dream-base")[0] is fitted("dream", "Dream-org/x-Base")[0] is None
+    assert fitted("qwen2", eos_token_id=151643) == (None, 151665)
+    assert fitted("qwen2", vocab_size=151665) == ("chatml", 151664)
+    refused("Qwen2.5-7B", run=lambda: fitted("qwen2", "qwen2.5-7b", eos_token_id=151643))
+    refused("<|mask|> is 151666", run=lambda: fitted("dream", mask_token_id=5))
+    assert (*c.HUB,) == cli.HUB
+
+@pytest.mark.parametrize("family, changes, words", TEXTS["configs"])
+def test_configs_of_other_families(family, changes, words, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(c.FAMILIES[family]["config"]))
+    expected = c.read_config(path)[:2]
+    edit(path, **changes)
+    if words:
+        refused("config.json", words, run=lambda: c.read_config(path))
+    else:
+        assert c.read_config(path)[:2] == expected
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_grouped_queries_bias_and_dtype(dtype, small, tmp_path, monkeypatch):
@@ -175,14 +282,15 @@ def test_wrong_special_ids_stop_an_instruct_model(old, new, eos, words, llada_di
 @pytest.mark.parametrize("base", [False, True])
 def test_a_tokenizer_as_llada_s_is_known_to_be(base, capsys):
     """A stand-in that spells the known texts as other people's copies of the real one do."""
-    known = c.LLADA["spelled"] | c.LLADA["chat"]
+    known = LLADA["spelled"] | LLADA["chat"]
     assert sum(sum(known.values(), [])) == 270789 + 787448  # not changed by accident
-    parrot = types.SimpleNamespace(ranks=range(126080), unmerged={}, special=c.special_tokens(base),
+    parrot = types.SimpleNamespace(ranks=range(126080), unmerged={},
+                                   special=c.special_tokens(LLADA, base),
                                    encode=lambda text, special: known[text])
-    assert c.check_llada(parrot, LLADA_8B) == []
-    assert ("Base" if base else "7 of 7") in capsys.readouterr().out
+    assert c.check_known(parrot, LLADA_8B, LLADA) == []
+    assert ("without" if base else "7 of 7") in capsys.readouterr().out
     known["Hello world"] = [1, 2]
-    assert c.check_llada(parrot, LLADA_8B) == [
+    assert c.check_known(parrot, LLADA_8B, LLADA) == [
         "'Hello world' begins with the ids [1, 2], expected [14455, 1931]"]
 
 def test_tokenizers_that_do_not_fit(small):
@@ -238,6 +346,27 @@ def test_damaged_folders(file, how, value, words, small, tmp_path):
     before = out.read_bytes()
     refused(words, run=lambda: c.main([str(small), "--out", str(out)]))
     assert out.read_bytes() == before and list(tmp_path.glob("out*")) == [out]
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_damaged_stand_ins_of_other_families(family, stand_ins, tmp_path):
+    """The same damages, to the files and tensors that these have."""
+    folder = stand_ins[family]
+    ours, theirs = (c.their_names(c.read_config(folder / "config.json")[1], table, both=True)
+                    for table in (LLADA, c.FAMILIES[family]))
+    shards = [path.name for path in sorted(folder.glob("*.safetensors"))]
+    tokens = next(f for f in ("vocab.json", "tokenizer.json") if (folder / f).exists())
+    cases = json.dumps(REFUSED["damage"]).replace("tokenizer.json", tokens)
+    cases = re.sub(r"model-0000(\d)[\w.-]*", lambda m: shards[(int(m[1]) - 1) % len(shards)], cases)
+    for old, new in zip(ours, theirs, strict=True):
+        cases = cases.replace(old, new)
+    for i, (file, how, value, words) in enumerate(json.loads(cases)):
+        if (folder / file).exists():  # Qwen2's has one file and no index
+            copy = pathlib.Path(shutil.copytree(folder, tmp_path / str(i)))
+            if file != tokens:
+                (copy / tokens).unlink()  # saves time
+            for path in copy.glob("*.safetensors") if how == "drop" else [copy / file]:
+                DAMAGE[how](path, value)
+            fails(copy, words)
 
 @pytest.mark.parametrize("script, args, words", [(s, *case) for s in MAINS for case in REFUSED[s]])
 def test_user_errors(script, args, words, small, tmp_path, monkeypatch):
@@ -323,10 +452,10 @@ def test_memory(tmp_path, monkeypatch):
         taken.append(max(seen) - seen[0])
     assert out.stat().st_size > 90 * 2**20 and taken[0] < 40 and taken[1] < 20, taken
     model, said = load(out)[0], (tmp_path / "said.0").read_text()
-    assert "266 of 266 special ids" in said and "Base" in said
+    assert "266 of 266 special ids" in said and "without headers" in said
     assert "chat" not in model.extra and model.config.eot_id is None
 
-def test_a_snapshot_that_was_fetched_before(hub, tmp_path, capsys):
+def test_a_snapshot_that_was_fetched_before(hub, stand_ins, tmp_path, capsys):
     """Offline, a complete snapshot is used. Without one the message says how to get it."""
     out = tmp_path / "out.pt"
     assert c.main(["llada", "--out", str(out)]) == 0
@@ -335,6 +464,8 @@ def test_a_snapshot_that_was_fetched_before(hub, tmp_path, capsys):
     for source in ("GSAI-ML/LLaDA-1.5", "llada"):
         refused("HF_HUB_OFFLINE", run=lambda: c.main([source, "--out", str(tmp_path / "no.pt")]))
     assert not (tmp_path / "no.pt").exists()
+    snapshot(stand_ins["dream"], tmp_path, "Dream-org--Dream-v0-Instruct-7B")  # no tokenizer.json
+    assert c.main(["dream", "--out", str(out)]) == 0
 
 @pytest.mark.parametrize("typed, words", [
     ("", "nothing was f"), ("n\n", "nothing was f"), (None, "add --yes"), ("YES\n", None)])
