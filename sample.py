@@ -43,7 +43,7 @@ REPEATS = 3  # of a run on the checkpoint's own problems, whose times are short
 
 def parse_args(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", default="tiny", metavar="tiny|llada|llada-base|llada-1.5|PATH",
+    p.add_argument("--ckpt", default="tiny", metavar="tiny|llada|dream|PATH",
                    help="checkpoint (tiny, which is bundled)")
     p.add_argument("--cache", choices=[*CACHES, "all"],
                    help="which positions a step runs, beside all now and then (decode; in the demo "
@@ -115,7 +115,8 @@ def check_args(args):
         one = args.asked or args.chat or args.watch is not None
         args.cache = "decode" if one else "all" if args.json or args.out else "demo"
         args.cache = "guided" if args.guider else args.cache
-    several = dict(all=CACHES, demo=("none", "decode", "local", "greedy"))
+    every = [c for c in CACHES if c != "autoregressive" and (c != "guided" or args.guider)]
+    several = dict(all=every, demo=("none", "decode", "local", "greedy"))
     args.caches = several.get(args.cache, [args.cache])
     check_bounds(args, watch=(0, 60), batch_size=1)
     # the answers go to one place

@@ -27,7 +27,7 @@ def plan(args, config, extra, guider=None):
     given = {s: G if (s, v) == ("refresh", "never") else v for s, v in args.own.items()}
     given |= {"guider": guider} if guider else {}
     caches = args.caches
-    if config.causal and args.unnamed:
+    if config.causal and (args.unnamed or len(caches) > 1):
         caches = ["none", "autoregressive"][-len(caches):]
 
     def settings(cache, order=None, **more):
