@@ -40,6 +40,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from support import batch
 from support.batch import end_block, record
@@ -322,7 +323,10 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
                 order=order, **settings)
     prompts = check_prompts(model.config, prompts, gen_length)
     s = Batch(**batch.start(model, prompts, how, order, generator, on_step))
-    loops[cache](model, s, **loop_settings(loops[cache], settings))
+    # not cuDNN: on an H100 it plans for 35 ms when a shape is new, which it is in most steps
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                      SDPBackend.MATH]):
+        loops[cache](model, s, **loop_settings(loops[cache], settings))
     counts = batch.read_out(s)  # waits for the device
     return Result(forwards=s.step, seconds=time.perf_counter() - began, **counts)
 

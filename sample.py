@@ -192,11 +192,11 @@ def head(index, question, how, args):
 
 def body(ids, result, row, model, tokenizer):
     """The other fields. seconds are those of the whole batch."""
+    read = {"guider_forwards": result.guider_forwards,
+            "guider_positions": result.guider_positions[row]} if result.guider_forwards else {}
     return {"ids": ids, "text": text_of(ids, model, tokenizer), "forwards": result.forwards,
             "steps": result.steps[row], "positions_run": result.positions_run[row],
-            "positions_full": result.positions_full[row],
-            "guider_forwards": result.guider_forwards,
-            "guider_positions": result.guider_positions[row], "seconds": result.seconds}
+            "positions_full": result.positions_full[row], **read, "seconds": result.seconds}
 
 # --------------------------------------------------------------------------------------------------
 # the run

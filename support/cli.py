@@ -45,9 +45,10 @@ def loop_flags(args, loops):
         s, _, text = given.partition("=")
         if s not in known:
             raise ValueError(f"setting {given!r:.60} has no effect with {run}, {has}: leave it out")
-        kind = words.get if text in words else int if text.lstrip("-").isdecimal() else float
-        try:
-            found[s] = kind(text)
+        kind = words.get if text in words else str if s == "accept" else (
+            int if text.lstrip("-").isdecimal() else float)
+        try:  # guided's window is two numbers
+            found[s] = [*map(int, text.split(","))] if "," in text else kind(text)
         except ValueError:
             raise ValueError(f"setting {given!r:.60} of {run}, {has}, needs a value: a number, "
                              "true, false, none or, of refresh, never") from None

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, forked, random_model
+from conftest import ROOT, byte_model, forked, random_model
 from filelock import FileLock
 
 import sample as s
@@ -24,11 +24,12 @@ from support.cli import fetch, launch
 from support.evaluate import encode
 from support.prompts import N_DEMO, draws
 from support.settings import loop_settings
-from support.tokenizer import PATTERN, Tokenizer
+from support.tokenizer import PATTERN, Tokenizer, build_tokenizer
 
 QUESTION = "Anna has 3 boxes of 4 pens. Monday she loses 5. How many pens are left?"
 TINY = ROOT / "checkpoints" / "tiny.pt"
-ALL = [cache for cache in CACHES for _ in range(1 + (cache == "freecache"))]  # and with the delay
+DIFFUSION = [cache for cache in CACHES if cache not in ("guided", "autoregressive")]
+ALL = [cache for cache in DIFFUSION for _ in range(1 + (cache == "freecache"))]  # and delayed
 
 def sample(*flags, code=0, **how):
     [found], [out], [err] = forked(1, "sample.py", *flags, **how)
@@ -159,7 +160,7 @@ def test_flags_reach_the_library(bare, tmp_path):
     given = dict(window=8, refresh=4, delay=False)
     assert [o["settings"].items() & given.items() for o in runs] == [
         given.items() & {s: given.get(s) for s in loop_settings(LOOPS[cache], {})}.items()
-        for cache in CACHES]
+        for cache in DIFFUSION]
     # about the end of the text
     model = random_model(dtype=torch.float32)
     model.head.weight.data[1] *= 3  # EOS often
@@ -337,3 +338,56 @@ def test_out_of_memory_is_one_sentence(bare, monkeypatch, capsys):
             ": there is not enough memory for this: lower --batch-size, or the lengths\n")
     with pytest.raises(IndexError):
         launch(lambda: s.main([*map(str, ask)]))
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The bundled model, and a causal one of its vocabulary that knows nothing."""
+    model, tokenizer = load(TINY)
+    guider = random_model(dtype=torch.float32, vocab_size=512, n_vocab=512, mask_id=511, eos_id=510,
+                          eot_id=None, max_len=256, n_layer=1, causal=True, shift=True)
+    path = tmp_path_factory.mktemp("pair") / "guider.pt"
+    save(path, guider, tokenizer)
+    return path
+
+def test_a_guider(pair, tmp_path):
+    """It changes how many tokens a step keeps, and nothing else: see tests/test_generate.py."""
+    flags = ("--prompt", QUESTION, "--gen-length", 16, "--guider", pair)
+    guided, more = objects(*flags)[0], objects(*flags, "--set", "window=0,16", "--set",
+                                               "accept=topk", "--set", "accept_top_k=500")[0]
+    assert guided["cache"] == "guided" and guided["settings"]["guider"] == str(pair)
+    assert guided["guider_forwards"] == guided["forwards"] == guided["steps"] > more["forwards"]
+    assert guided["guider_positions"] >= len(guided["prompt_ids"]) + 15
+    assert more["settings"]["window"] == [0, 16]
+    # a file resumes; the table has a column for the guider; the view has no total of steps
+    out = tmp_path / "o.jsonl"
+    said = [sample(*flags, "--out", out).out for _ in range(2)]
+    assert said[1].endswith("1 of them before\n") and answers(out)[0]["ids"] == guided["ids"]
+    assert re.search(r"guided +left_to_right +\d+ .*\d+\n$", sample(*flags).out)
+    assert "guided, left_to_right" in sample(*flags, "--watch", 0).out
+    # another vocabulary
+    other = tmp_path / "other.pt"
+    save(other, load(pair)[0], build_tokenizer("some other text " * 9, 270))
+    assert "--guider" in sample(*flags[:4], "--guider", other, code=2).err
+
+def test_a_causal_model(pair):
+    flags = ("--ckpt", pair, "--prompt", QUESTION, "--gen-length", 16)
+    found = objects(*flags)[0]
+    assert found["cache"] == "autoregressive"
+    assert found["positions_run"] == len(found["prompt_ids"]) + 15
+    none, again = objects(*flags, "--cache", "all")
+    assert none["ids"] == again["ids"] == found["ids"] and none["cache"] == "none"
+    assert "a causal model writes from left to right" in sample(
+        *flags, "--cache", "decode", code=2).err
+
+def test_the_checkpoint_s_own_defaults(tmp_path):
+    """Of a converted Dream. generate never reads them."""
+    model, tokenizer = byte_model()
+    model.extra = {"schedule": "dream", "remasking": "entropy"}
+    save(tmp_path / "d.pt", model, tokenizer)
+    flags = ("--ckpt", tmp_path / "d.pt", "--prompt", "Hi", "--gen-length", 8)
+    own, given, thr = (objects(*flags, *more.split())[0]["settings"] for more in (
+        "", "--schedule llada --remasking margin --top-p 0.9 --top-k 5", "--threshold 0.5"))
+    names = ("schedule", "remasking", "top_p", "top_k")
+    assert [own[s] for s in names] == ["dream", "entropy", None, None]
+    assert [given[s] for s in names] == ["llada", "margin", 0.9, 5]
+    assert [thr[s] for s in names[:2]] == ["llada", "low_confidence"]
