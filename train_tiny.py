@@ -125,8 +125,10 @@ def parse_args(argv=None):
 
 def like(args):
     """-> the lengths, and the steps of a problem, of the model --like."""
-    model, _ = load(args.like, "meta")
-    G, questions = model.extra["gen_length"], [q for q, _ in model.extra.get("problems", [])]
+    model, tokenizer = load(args.like, "meta")
+    G, questions = model.extra.get("gen_length"), [q for q, _ in model.extra.get("problems", [])]
+    if not G or tokenizer is None or not {"<|eos|>", "<|mask|>"} <= tokenizer.special.keys():
+        raise ValueError(f"--like {args.like} is not a model of train_tiny.py")
     days = [sum(question.count(day) for day in DAYS) for question in questions] or args.ops
     if not questions and args.data is None:
         raise ValueError(f"--like {args.like} was trained on a text: give it with --data")
@@ -279,10 +281,11 @@ def answer(path, n, device):
             ("greedy", known)]
     if model.config.causal:
         runs = [("none", None), ("autoregressive", None)]
+    width = max(len(cache) for cache, _ in runs)
     for cache, order in runs:
         found = answer_problems(model, tokenizer, n=n, cache=cache, remasking=order)
         right, fewer = sum(found.right), found.positions_full / found.positions_run
-        print(f"{cache:6}  {order or '':14}  {right} of {n} exact ({100 * right / n:.1f}%), "
+        print(f"{cache:{width}}  {order or '':14}  {right} of {n} exact ({100 * right / n:.1f}%), "
               f"{fewer:.2f}x fewer positions run")
 
 # --------------------------------------------------------------------------------------------------

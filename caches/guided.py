@@ -26,16 +26,8 @@ def generate_guided(model, s, guider=None, accept="deterministic", accept_top_k=
                 pos, rows, seen = None, cand, None
             elif window is None:  # all after the prompt
                 pos, rows = columns(s, lo, s.P, T), cand - s.P
-            else:  # around the last revealed column
-                last = cand[:, :1] - 1                                         # (B, 1)
-                start = (last - window[0]).maximum(s.book.pads[s.book.live, None])
-                end = (last + window[1]).clamp(max=T)
-                pos = start + torch.arange(min(sum(window), T), device=cand.device)
-                pos = pos.where((pos < end) & (cand[:, :1] < T), T)            # (B, left + right)
-                cand = cand[:, :window[1] - 1]
-                cand = cand.where(cand < end, T)
-                rows = (cand - start).where(cand < T, T)
-                seen = torch.arange(T, device=cand.device) < end               # (B, T)
+            else:
+                cand, pos, rows, seen = around(s, cand, *window)
             # -------------------------------------------------
             logits = forward(model, s, pos, rows, cache, seen)
             draft = logits.argmax(-1)                                          # (B, m)
@@ -45,8 +37,10 @@ def generate_guided(model, s, guider=None, accept="deterministic", accept_top_k=
                 read = s.x.scatter(1, cand, draft)                             # (B, T + 1)
                 where = columns(s, lo, 0, T - 1) if i == 0 else cand.where(cand == T, cand - 1)
                 at = (cand - 1).clamp(max=T - 2) if i == 0 else None
-                logits = guider(read.gather(1, where), where, guide, at, s.pad).float()
-                logits = logits[..., :guider.config.n_vocab]                   # (B, m, V)
+                tokens = read.gather(1, where).clamp(max=guider.config.vocab_size - 1)
+                logits = guider(tokens, where, guide, at, s.pad).float()
+                V = min(guider.config.n_vocab, s.config.n_vocab)
+                logits = logits[..., :V]                                       # (B, m, V)
                 for mask_id in {s.config.mask_id, guider.config.mask_id}:
                     logits[..., mask_id:mask_id + 1] = -torch.inf  # never agreed upon
                 s.book.read(where, s.T)
@@ -59,6 +53,19 @@ def generate_guided(model, s, guider=None, accept="deterministic", accept_top_k=
             new = keep(s, cand, draft, n.clamp(min=1))
             record(s, pos, new)
         end_block(s, lo)
+
+def around(s, cand, left, right):
+    """-> the candidates, the columns that run, where the former are among the latter, and which
+    columns are attended: `left` columns up to the last revealed one, and `right` from it on."""
+    last, T = cand[:, :1] - 1, s.T                                             # (B, 1)
+    start = (last - left).maximum(s.book.pads[s.book.live, None])
+    end = (last + right).clamp(max=T)
+    pos = start + torch.arange(min(left + right, T), device=cand.device)       # (B, left + right)
+    pos = pos.where((pos < end) & (cand[:, :1] < T), T)
+    cand = cand[:, :right - 1]
+    cand = cand.where(cand < end, T)
+    return (cand, pos, (cand - start).where(cand < T, T),
+            torch.arange(T, device=cand.device) < end)                         # (B, T)
 
 def accepted(rule, draft, logits, top_k, ratio, threshold):
     """draft (B, m), the guider's logits (B, m, V), or of "self" the model's own -> (B, m) bool."""

@@ -6,7 +6,8 @@ python scripts/accuracy.py --log outcomes.jsonl       keeps every answer; an int
 
 Prints a table in markdown. A run is compared, problem by problem, with the one without a cache
 under the same rule, its positions with those of one token a step without a cache. Caches that a
-rule refuses are left out. Of entropy the share of the steps in which everything runs is printed.
+rule refuses are left out, and guided (bench.py --rivals); a causal model goes from left to right.
+Of entropy the share of the steps in which everything runs is printed.
 Intervals are 95%: Wilson's for a share, Bonett and Price's (2012) for the difference of two shares
 on the same problems. They assume that all problems are different, which holds for the bundled
 model's (969 of 1,000). sample.py measures seconds; this script does not.
@@ -43,6 +44,8 @@ RULES = {"one-a-step": dict(remasking="low_confidence"),
 def settings(model, how):
     """-> settings of generate, in which steps is a number."""
     found = {name: model.extra[name] for name in ("gen_length", "block_length")} | how
+    if how.get("remasking") == "left_to_right" and how["cache"] == "autoregressive":
+        del found["block_length"], found["remasking"]  # it knows no other way
     return found | {"steps": round(found["gen_length"] * how[key]) for key in how if key == "steps"}
 
 def runs(model, rules=tuple(RULES), names=CACHES):

@@ -4,17 +4,20 @@ python scripts/bench.py                     random weights, 42 million parameter
 python scripts/bench.py --preset tiny       the shape of the bundled model; --ckpt my.pt: a file's
 python scripts/bench.py --caches dual local some of the caches, beside none
 python scripts/bench.py --scale             growth with the length: 128 to 2048 tokens in all
+python scripts/bench.py --rivals            guided and autoregressive: who is faster, and right?
 
 All runs take turns in one process, after a warm-up; times are medians. Speed does not depend on
 the weights, so a preset's are random. Greedy decodes in a fixed random order, all others by
 confidence, in blocks of 32 where that divides --gen-length: every run does the same work every
 time. To random weights every token is doubtful, so of entropy only the cheapest case is timed, in
-which none is: "entropy never". Caches that refuse --steps are left out. Use an idle machine.
+which none is: "entropy never". Caches that refuse --steps are left out. The autoregressive cache is
+that of a causal model of the same size, random weights too. Use an idle machine.
 
 seconds    of one run;  tokens_per_s: generated tokens of all prompts
 positions  run, per prompt
 predicted  speed-up over no cache if time were proportional to the multiplications of all forwards
 gain       measured speed-up;  ratio: gain / predicted
+times_ar   seconds over those of the autoregressive model: above 1 is slower than it
 outside    share of the time outside model()
 floor      time to read the weights once a forward, at this memory's speed, over the seconds
 peak       multiply-adds per second, over those of a large matrix product in the same dtype
@@ -24,10 +27,15 @@ Sampling (--sample N; automatic where no cache takes over a minute): the loop ta
 but the network runs in N of those that run everything and in N of the others, evenly spread by
 their arithmetic. The other steps get random logits for two ids, at hardly any cost, and their time
 is interpolated between timed ones of the same kind. Positions and arithmetic are exact.
+
+Rivals (--rivals): all runs answer the problems of --ckpt (tiny), batch by batch in turn, and stop
+at EOS. "AR, same size" is the one to beat, made to end where the right answers do. Of an answer:
+seconds (medians of a batch), tokens to the first EOS; of a batch: forwards, and the guider's.
 """
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -47,10 +55,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from caches import CACHES, LOOPS
 from dkv_min import generate
 from model import LLADA_8B, Config, DiffusionLM, load
-from scripts.accuracy import NEVER
+from scripts.accuracy import NEVER, load_problems
 from support.arithmetic import matmul_peak, work
 from support.checkpoint import atomic_write
-from support.cli import Parser, check_bounds, check_out, launch, pick_device
+from support.cli import Parser, check_bounds, check_out, launch, load_guider, pick_device
+from support.evaluate import answer_problems, cut
 from support.fast_cpu import pack, pick_dtype
 from support.settings import check
 
@@ -65,7 +74,8 @@ LENGTHS = [128, 256, 512, 1024, 2048]  # of --scale
 FORMS = dict(decode={" 8": dict(refresh=8), " never": dict(refresh=NEVER)},
              greedy={" 2": dict(refresh=2), " 8": dict(refresh=8)},
              freecache={"": {}, ", delay": dict(delay=True)},
-             entropy={" never": dict(tau=math.inf)})
+             entropy={" never": dict(tau=math.inf)},
+             autoregressive={"": dict(steps=None, block_length=None)})
 
 def stamp(device):
     """A moment; on CUDA an event in the queue, so that nothing waits for the clock."""
@@ -144,6 +154,7 @@ class Bench:
     """Runs of one model at one setting."""
     def __init__(self, model, B, P, G, steps=None, block_length=None):
         self.model, self.device = model, model.wte.weight.device
+        self.same = functools.cache(lambda: same_size(model))  # as large again: only where needed
         L = block_length or default_block(G)
         self.size = dict(batch=B, prompt_len=P, gen_length=G, total_length=P + G)
         self.shared = dict(gen_length=G, steps=steps or G, block_length=L)
@@ -154,7 +165,8 @@ class Bench:
 
     def run(self, how, steps=None):
         """Once -> (Meter, figures). steps: those in which the network runs, None: all."""
-        meter, order = Meter(self.model, steps), self.order if how["cache"] == "greedy" else None
+        meter = Meter(self.same() if how["cache"] == "autoregressive" else self.model, steps)
+        order = self.order if how["cache"] == "greedy" else None
         peak_memory(self.device)
         r = generate(meter, self.prompts, order=order, **self.shared | how)
         end, memory = stamp(self.device), peak_memory(self.device)
@@ -198,10 +210,12 @@ class Bench:
 def default_block(G):
     return 32 if G % 32 == 0 else G
 
-def runs(names, window, refresh=None, half=None):
-    """-> {name: settings}, no cache first. refresh: one of dKV-Cache's instead of those in FORMS"""
+def runs(names, window, refresh=None, steps=None):
+    """-> {name: settings}, no cache first, and with fewer of these steps. refresh: one of
+    dKV-Cache's instead of those in FORMS"""
     found = dict(none=dict(cache="none"))
-    found |= {"none, half the steps": dict(cache="none", steps=half)} if half else {}
+    found |= {f"none, 1/{n} of steps": dict(cache="none", steps=steps // n)
+              for n in (2, 4) if steps}
     for cache in names:
         forms = FORMS.get(cache, {"": {}})
         if refresh and cache in ("decode", "greedy", "pd"):
@@ -210,12 +224,14 @@ def runs(names, window, refresh=None, half=None):
         found |= {cache + name: own | form for name, form in forms.items()}
     return found
 
-# fields and formats of the two tables
+# fields and formats of the tables
 TABLE = dict(run="20", seconds="8.2f", tokens_per_s="12.1f", positions="9,", predicted="9.2f",
-             gain="6.2f", ratio="6.2f", outside="7.1%", floor="5.0%", peak="5.0%",
+             gain="6.2f", ratio="6.2f", times_ar="8.2f", outside="7.1%", floor="5.0%", peak="5.0%",
              memory="14,")
 SCALE = dict(total_length="12", run="20", seconds="9.3f", positions="12,", predicted="9.2f",
              gain="8.2f")
+RIVALS = dict(batch="5", run="22", seconds="9.4f", times_ar="8.2f", tokens_per_s="12.1f",
+              forwards="8.1f", guider="6.1f", exact="6.1%")
 
 def line(columns, row=None):
     """A line of a table, or its head. columns: {field: format}"""
@@ -227,12 +243,27 @@ def line(columns, row=None):
         cells.append(f"{'-' if value is None else value:{form}}")
     return " ".join(cells)
 
-def prepare(args, device, preset, sizes, **more):
+def random_weights(model, device, dtype):
+    """Weights for a model that has none, made where they are used. EOS is never the likeliest."""
+    model.to(dtype).to_empty(device=device)
+    for p in model.eval().requires_grad_(False).parameters():
+        p.fill_(1) if p.dim() == 1 else p.normal_(std=0.02)
+    if model.config.eos_id is not None:
+        model.head.weight[model.config.eos_id] = 0
+    return pack(model) if device.type == "cpu" else model  # as load() does
+
+def same_size(model):
+    """-> a causal model of the same shape, random weights."""
+    with torch.device("meta"):
+        causal = DiffusionLM(dataclasses.replace(model.config, causal=True, shift=True))
+    return random_weights(causal, model.wte.weight.device, model.wte.weight.dtype)
+
+def prepare(args, device, preset, sizes, model=None, **more):
     """Checks the settings of all runs, [(prompt_len, gen_length)], and prints the conditions
     -> model, conditions."""
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     with torch.device("meta"):
-        model = None if args.ckpt else DiffusionLM(PRESETS[preset])
+        model = model or (None if args.ckpt else DiffusionLM(PRESETS[preset]))
     model = model or load(args.ckpt, device, dtype or "auto")[0]
     config, size = model.config, sum(p.numel() for p in model.parameters())
     for P, G in sizes:
@@ -241,12 +272,8 @@ def prepare(args, device, preset, sizes, **more):
         if P + G > config.max_len:
             raise ValueError(f"a prompt of {P} and {G} generated tokens are more than the model's "
                              f"{config.max_len} positions: shorten one of them")
-    if not args.ckpt:  # random weights, made where they are used
-        model.to(dtype or pick_dtype(size, torch.bfloat16, device.type)).to_empty(device=device)
-        for p in model.eval().requires_grad_(False).parameters():
-            p.fill_(1) if p.dim() == 1 else p.normal_(std=0.02)
-        if device.type == "cpu":
-            pack(model)  # as load() does
+    if not args.ckpt:
+        random_weights(model, device, dtype or pick_dtype(size, torch.bfloat16, device.type))
     chip = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     how = dict(device=chip or platform.machine(), threads=torch.get_num_threads(),
                dtype=str(model.wte.weight.dtype)[6:], repeats=args.repeats,
@@ -272,17 +299,18 @@ def table(args, device):
     print(f"memory is read at {speed / 1e9:.1f} GB/s; matrix products do {peak / 1e9:,.0f} GFLOP/s",
           flush=True)
 
-    half = steps // 2 if not (args.caches or args.refresh or steps * L // G % 2) else None
-    todo = runs(args.caches or CACHES, args.window, args.refresh, half)
+    fewer = steps if not (args.caches or args.refresh) else None
+    todo = runs(args.caches or CACHES, args.window, args.refresh, fewer)
     rows = Bench(model, B, P, G, steps, L).compare(todo, args)
     # of the embedding only a few rows are read
     weights = sum(p.nbytes for name, p in model.named_parameters() if name != "wte.weight")
     print(f"{said(args.sample)}\n\n{line(TABLE)}")
+    ar = {r["run"]: r["seconds"] for r in rows}.get("autoregressive")
     for r in rows:
         s = r["seconds"]
         r |= dict(tokens_per_s=B * G / s, ratio=r["gain"] / r["predicted"],
                   outside=1 - r["inside"] / s, floor=r["forwards"] * weights / speed / s,
-                  peak=2 * r["arithmetic"] / s / peak)
+                  peak=2 * r["arithmetic"] / s / peak, times_ar=ar and s / ar)
         print(line(TABLE, r))
     return dict(conditions=how, sampled=args.sample, bandwidth=speed, matmul_peak=peak, runs=rows)
 
@@ -302,10 +330,58 @@ def scale(args, device):
         found += Bench(model, B, P, G).compare(todo, args, SCALE)
     return dict(conditions=how, sampled=args.sample, runs=found)
 
-def write(path, line):
-    if path:
-        with atomic_write(path, "w") as f:
-            print(line, file=f)
+def rivals(args, device):
+    model, tokenizer = load_problems(args)
+    guider = load_guider(args.guider, tokenizer, args.device, "auto")
+    _, how = prepare(args, device, None, [], model, guider=args.guider, n=args.n)
+    same, left, found, G = same_size(model), [], [], model.extra["gen_length"]
+    guider.extra = same.extra = model.extra
+    ar, guided, sure = (dict(cache="autoregressive"), dict(cache="guided", guider=guider),
+                        dict(threshold=0.99))
+    todo = {"AR, same size": ar | dict(model=same), "AR, the guider": ar | dict(model=guider)}
+    todo |= runs(("decode", "greedy", "local", "dual", "freecache"), args.window, 8, G)
+    todo["greedy 8"]["remasking"] = model.extra["known_order"]
+    todo |= {"none, threshold 0.99": sure, "local, threshold 0.99": sure | dict(cache="local"),
+             "guided": guided, "guided, topk_relative": guided | dict(accept="topk_relative"),
+             "guided, FreeCache": guided | dict(window=(0, G)),
+             "guided, window 8": guided | dict(window=(8, G)),
+             "self": dict(cache="guided", accept="self")}
+
+    def end(_, given, logits):  # left: the tokens that each row of `same` has yet to write
+        if 1 in left:
+            logits[torch.tensor(left) == 1, :, model.config.eos_id] = torch.inf
+        left[:] = [n - 1 for n in left if n > 1]
+    same.register_forward_hook(end)
+
+    def answer(name, first, B):
+        problems = model.extra["problems"][:args.n][first:first + B]
+        left[:] = [len(tokenizer.encode(right)) + 1 for _, right in problems]
+        own = dict(model=model, first=first, n=len(problems), batch_size=B, stop_at_eos=True)
+        return answer_problems(tokenizer=tokenizer, **own | todo[name])
+
+    print(f"all runs stop at EOS\n\n{line(RIVALS)}")
+    for B in [args.batch] if args.batch else [1, 4]:
+        parts = {}
+        for name in todo:
+            with contextlib.suppress(ValueError):  # refused: too few steps for the blocks
+                answer(name, 0, B)  # warms up
+                parts[name] = []
+        turns = [*itertools.product(range(0, args.n, B), range(args.repeats), parts)]
+        for first, _, name in tqdm(turns, unit="run", leave=False, disable=None):
+            parts[name].append(answer(name, first, B))
+        for name, part in parts.items():
+            seconds = np.reshape([a.seconds for a in part], (-1, args.repeats))
+            total, part = float(np.median(seconds, 1).sum()), part[::args.repeats]
+            tokens = sum(min(len(cut(row, model.config)) + 1, G) for a in part for row in a.ids)
+            calls, guiders = (sum(getattr(a, n) for a in part) / len(part)
+                              for n in ("forwards", "guider_forwards"))
+            base = total if todo[name].get("model") is same else base  # the first one
+            found.append(dict(batch=B, run=name, seconds=total / args.n, times_ar=total / base,
+                              tokens_per_s=tokens / total, forwards=calls, guider=guiders or None,
+                              exact=None if total is base else
+                              sum(sum(a.right) for a in part) / args.n))
+            print(line(RIVALS, found[-1]), flush=True)
+    return dict(conditions=how, runs=found)
 
 def main(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -322,6 +398,9 @@ def main(argv=None):
         p.add_argument(flag, type=int, metavar=unit, help=text)
     p.add_argument("--caches", nargs="+", choices=CACHES, metavar="NAME",
                    help=f"of {', '.join(CACHES)} (all; --scale: a few)")
+    p.add_argument("--rivals", action="store_true", help="answer problems: see above")
+    p.add_argument("--guider", metavar="NAME", help="of --rivals (guider)")
+    p.add_argument("--n", type=int, help="problems of --rivals (100)")
     p.set_defaults(window=4, repeats=3)
     p.add_argument("--device", metavar="auto|cpu|cuda|cuda:N|mps", default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
@@ -330,21 +409,28 @@ def main(argv=None):
                    help=f"growth over these total lengths ({' '.join(map(str, LENGTHS))})")
     args = p.parse_args(argv)
     check_bounds(args, prompt_len=1, gen_length=1, batch=1, repeats=1, refresh=1, window=0,
-                 sample=0, steps=1, block_length=1)
+                 sample=0, steps=1, block_length=1, n=1)
     if args.sample == 1:
         raise ValueError("--sample is 1, and has to be 0 (every step) or at least 2")
     if args.json is not None:
         check_out(args.json, "--json")
-    mode = table
+    mode, idle = table, ("guider", "n")
+    lengths = "prompt_len", "gen_length", "steps", "block_length"
     if args.scale is not None:
-        mode, args.sample = scale, 16 if args.sample is None else args.sample
-        for name in ("prompt_len", "gen_length", "steps", "block_length"):
-            if getattr(args, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} has no effect with --scale: "
-                                 "leave it out")
+        mode, idle = scale, (*idle, *lengths)
+        args.sample = 16 if args.sample is None else args.sample
+    elif args.rivals and not args.preset:
+        mode, idle = rivals, (*lengths, "caches", "refresh", "sample", "dtype")
+        args.ckpt, args.n = args.ckpt or "tiny", args.n or 100
+        args.guider = args.guider or "guider"
+    for name in idle:
+        if getattr(args, name) not in (None, "auto"):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect here: leave it out")
     line = json.dumps(mode(args, torch.device(pick_device(args.device))))
     print("\n" + line)
-    write(args.json, line)
+    if args.json is not None:
+        with atomic_write(args.json, "w") as f:
+            print(line, file=f)
     return 0
 
 if __name__ == "__main__":

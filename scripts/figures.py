@@ -8,6 +8,7 @@ watch    what each step runs and decodes, no cache beside Decode and Greedy, one
 settle   how keys and values change around their token's decoding, and how cached ones drift
 length   bench.py --scale; measure it on an idle machine
 quality  right answers of every run on the same problems, in processes; resumes after a kill
+rivals   bench.py --rivals with --guider (guider), at most 100 problems; on an idle machine too
 """
 import contextlib
 import io
@@ -30,7 +31,7 @@ from support.cli import ROOT, check_bounds, check_out, launch
 from support.evaluate import encode
 from support.watch import MARKS, marks_of
 
-PARTS = ("watch", "settle", "length", "quality")
+PARTS = ("watch", "settle", "length", "quality", "rivals")
 BEFORE, AFTER = 8, 16  # steps around the decoding
 
 def measure_watch(model, tokenizer, ids):
@@ -136,9 +137,9 @@ def measure_quality(model, args, log):
             for how, a in zip(runs, collect(args, runs, log, repr(runs)))]
     return dict(n=n, gen_length=model.extra["gen_length"], rows=rows)
 
-def measure_length(device):
+def measure_bench(*flags):
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        bench.main(["--scale", "--device", device])
+        bench.main([*flags])
     return json.loads(out.getvalue().splitlines()[-1])
 
 def read_numbers(path):
@@ -169,7 +170,9 @@ def measure(args):
     prompts = [encode([question], tokenizer, model.extra) for question, _ in problems]
     ways = dict(watch=(measure_watch, model, tokenizer, prompts[0]),
                 settle=(measure_settle, model, prompts[:50]),
-                length=(measure_length, args.device),
+                length=(measure_bench, "--scale", "--device", args.device),
+                rivals=(measure_bench, "--rivals", "--device", args.device, "--ckpt", args.ckpt,
+                        "--guider", args.guider, "--n", str(min(args.n, 100))),
                 quality=(measure_quality, model, args, log))
     for name in args.measure or [name for name in PARTS if name not in numbers]:
         how, *given = ways[name]
@@ -183,7 +186,7 @@ def measure(args):
 # drawing. Okabe and Ito's colours, which colour-blind readers can tell apart; a grey print differs
 # by marker and line
 BLUE, SKY, ORANGE, RED, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73"
-GREY, BLACK = "#999999", "#000000"
+GREY, BLACK, PURPLE = "#999999", "#000000", "#CC79A7"
 COLOURS = {"*": RED, "#": BLUE, "o": "#A6D3F2", ".": "#EFEFEF", "_": "#FBE3A8"}
 STYLE = {"figure.dpi": 150, "font.size": 10, "axes.titlesize": 10, "figure.titlesize": 9,
          "legend.fontsize": 9, "legend.frameon": False, "lines.linewidth": 1.3, "axes.grid": True,
@@ -264,17 +267,43 @@ def draw_quality(plt, quality):
             ax.errorbar([row["fewer"] for row in rows], share, label=label, color=colour, ls=line,
                         yerr=np.clip([share - low, high - share], 0, None), marker=marker,
                         mfc="white" if line == ":" else colour, capsize=2)
-        ax.set_yscale("function", functions=(  # losses are seen best close to 100
-            lambda y: -np.log10(np.maximum(101 - y, 1e-9)), lambda v: 101 - 10**-v))
-        ax.set(xscale="log", yticks=[0, 50, 80, 90, 95, 98, 99, 100], ylim=(-15, 100.2),
-               xlabel=f"times fewer positions run than none in {G} steps")
+        stretch(plt, ax)
+        ax.set_xlabel(f"times fewer positions run than none in {G} steps")
         ax.set_title("Decoded " + order.replace("low_", "by ").replace("_", " "), loc="left")
-        plain_ticks(plt, ax.xaxis)
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8.5)
     axes[0].set_ylabel("answers right (%), stretched")
     fig.suptitle(f"{quality['n']} problems a point, bars: one standard error")
     fig.tight_layout()
     return fig
+
+def draw_rivals(plt, part):
+    fig, axes = plt.subplots(1, 2, figsize=(9, 4.8), sharey=True, layout="constrained")
+    colours = dict(AR=RED, none=BLACK, decode=BLUE, greedy=SKY, local=GREEN, dual=GREY,
+                   freecache=ORANGE, guided=PURPLE, self=PURPLE)
+    for ax, B in zip(axes, (1, 4)):
+        line, *rows = (row for row in part["runs"] if row["batch"] == B)
+        ax.axvline(line["tokens_per_s"], color=RED, ls="--", label=f"{line['run']}: to be crossed")
+        for row, marker in zip(rows, "sXPoD^v<>phdH8os*D^"):
+            colour = colours[row["run"].split()[0].strip(",")]
+            ax.plot(row["tokens_per_s"], 100 * row["exact"], marker, ms=7, color=colour,
+                    label=row["run"], clip_on=False)
+        stretch(plt, ax)
+        ax.set(xlabel="tokens per second", title=f"batch {B}")
+    axes[0].set_ylabel("answers right (%), stretched")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
+    fig.suptitle(conditions(part, "model", "device", "threads", "dtype", "n"))
+    return fig
+
+def conditions(part, *names):
+    how = part["conditions"]
+    return ", ".join(f"{name} {how[name]}" for name in names if name in how)
+
+def stretch(plt, ax):
+    """Shares in percent, of which losses are seen best close to 100, over a logarithmic axis."""
+    ax.set_yscale("function", functions=(
+        lambda y: -np.log10(np.maximum(101 - y, 1e-9)), lambda v: 101 - 10**-v))
+    ax.set(xscale="log", yticks=[0, 50, 80, 90, 95, 98, 99, 100], ylim=(-15, 100.2))
+    plain_ticks(plt, ax.xaxis)
 
 def plain_ticks(plt, axis):
     axis.set_major_locator(plt.LogLocator(subs=(1, 2, 3, 5)))
@@ -283,7 +312,7 @@ def plain_ticks(plt, axis):
 
 def draw_length(plt, length):
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4.8), layout="constrained")
-    colours, conditions = (BLACK, BLUE, ORANGE, GREEN, RED, SKY), length["conditions"]
+    colours = BLACK, BLUE, ORANGE, GREEN, RED, SKY
     names = dict.fromkeys(row["run"] for row in length["runs"])
     for run, colour, marker in zip(names, colours, "soD^v*"):
         rows = [row for row in length["runs"] if row["run"] == run]
@@ -300,8 +329,7 @@ def draw_length(plt, length):
         plain_ticks(plt, ax.yaxis)
         ax.xaxis.minorticks_off()
     fig.legend(loc="outside lower center", ncol=3)
-    names = ("model", "device", "threads", "dtype", "batch")
-    fig.suptitle(", ".join(f"{name} {conditions[name]}" for name in names if name in conditions))
+    fig.suptitle(conditions(length, "model", "device", "threads", "dtype", "batch"))
     return fig
 
 # the moving picture. In pixels: twice the size on the page, for sharp displays
@@ -352,7 +380,8 @@ def draw_watch(plt, watch):
 
 PICTURES = {"map.png": (draw_map, "watch"), "settle.png": (draw_settle, "settle"),
             "quality.png": (draw_quality, "quality"),
-            "length.png": (draw_length, "length"), "watch.gif": (draw_watch, "watch")}
+            "length.png": (draw_length, "length"), "rivals.png": (draw_rivals, "rivals"),
+            "watch.gif": (draw_watch, "watch")}
 
 def draw(args):
     path = os.path.join(args.dir, "figures.json")
@@ -391,6 +420,7 @@ def draw(args):
 def main(argv=None):
     p = parser(__doc__, 500)
     p.add_argument("--measure", nargs="*", choices=PARTS, help="(all that are lacking)")
+    p.add_argument("--guider", default="guider", help="of rivals (guider)")
     p.add_argument("--dir", default=os.path.join(ROOT, "assets"), help="of figures.json (assets)")
     args = p.parse_args(argv)
     check_bounds(args, n=1, batch_size=1, workers=1)

@@ -112,4 +112,4 @@ def confidence(s, logits, drawn):
         score = score.where(score == -torch.inf, first - second)
     elif s.remasking == "entropy":
         score = score.where(score == -torch.inf, -torch.special.entr(logp.exp()).sum(-1))
-    return score
+    return score.masked_fill(score.isnan(), -torch.inf)  # a filter has left nothing but an end

@@ -47,13 +47,14 @@ def answer_problems(model, tokenizer, first=0, n=None, batch_size=50, **settings
     """Answers n of the checkpoint's problems, from number `first` on, with these settings of
     generate. The lengths are the checkpoint's unless given. Random numbers belong to a problem, so
     that the batch size changes no answer. -> right (list of bool) and ids (list of lists), an entry
-    a problem; steps, positions_run, and positions_full of one token a step without a cache: sums"""
+    a problem; and sums: of Result's fields, but positions_full of one token a step, no cache"""
     lengths = {name: model.extra[name] for name in ("gen_length", "block_length")}
     if settings.get("cache") in ("autoregressive", "guided"):
         del lengths["block_length"]  # they have no blocks
     settings = lengths | settings
     pairs = model.extra["problems"][first:][:n]
-    found = SimpleNamespace(right=[], ids=[], steps=0, positions_run=0, positions_full=0)
+    found = SimpleNamespace(right=[], ids=[], steps=0, positions_run=0, positions_full=0,
+                            forwards=0, guider_forwards=0, seconds=0.0)
     label = f"{settings.get('cache', 'none')}, {settings.get('remasking') or 'low_confidence'}"
     quiet = True if len(pairs) <= batch_size else None  # None: a bar in a terminal only
     starts = range(0, len(pairs), batch_size)
@@ -65,6 +66,8 @@ def answer_problems(model, tokenizer, first=0, n=None, batch_size=50, **settings
         ids = [tokens[-settings["gen_length"]:] for tokens in result.tokens]
         found.ids += ids
         found.right += [is_right(text_of(t, model, tokenizer), a) for t, (_, a) in zip(ids, part)]
+        for name in ("forwards", "guider_forwards", "seconds"):
+            vars(found)[name] += getattr(result, name)
         found.steps += sum(result.steps)
         found.positions_run += sum(result.positions_run)
         found.positions_full += settings["gen_length"] * sum(map(len, result.tokens))

@@ -9,8 +9,8 @@ from support.decoding import block_schedules
 REMASKING = ("low_confidence", "margin", "entropy", "random", "left_to_right")
 ACCEPT = ("deterministic", "topk", "topk_relative", "dynamic_threshold", "self")
 AHEAD = ("random", "left_to_right")  # orders that are known ahead
-LOWEST = {"gen_length": 1, "steps": 1, "block_length": 1, "top_k": 1, "refresh": 1, "window": 0,
-          "active": 1, "recent": 0}
+LOWEST = dict.fromkeys(("gen_length", "steps", "block_length", "top_k", "refresh", "active",
+                        "accept_top_k"), 1) | {"window": 0, "recent": 0}
 
 def need(good, sentence):
     if not good:
@@ -115,6 +115,15 @@ def check_guided(config, how, order):
     need((guider is None) == (accept == "self"), "accept self takes no guider, and the other rules "
                                                  "need one: give guider, or accept self")
     need(guider is None or guider.config.causal, "the guider has to be a causal model")
+    need(guider is None or guider.config.vocab_size >= config.n_vocab,
+         f"the model writes ids below {config.n_vocab}, and the guider reads ids below "
+         f"{guider and guider.config.vocab_size}: they need one vocabulary")
+    for name in ("ratio", "accept_threshold"):
+        value = how[name]
+        need(value is None or isinstance(value, (int, float)) and 0 <= value <= 1,
+             f"{name} is {value!r}, and has to be a probability, 0 to 1")
+    need(type(how["speculative"]) is bool, f"speculative is {how['speculative']!r}, and has to be "
+                                           "True or False")
     need(not how["speculative"] or guider is not None,
          "speculative takes the guider's tokens, so it needs a guider")
     need(window is None or isinstance(window, (tuple, list)) and len(window) == 2

@@ -108,6 +108,10 @@ def test_drawing(tmp_path, monkeypatch):
     monkeypatch.setattr(plt, "close", figs.append)
     for part in numbers["watch"]["runs"]:
         part["rows"] = part["rows"][:3]
+    names = ["AR, same size", "AR, the guider", "none, threshold 0.99", "guided, window 8", "self"]
+    numbers["rivals"] = dict(conditions={}, runs=[
+        dict(batch=B, run=name, tokens_per_s=B + i, exact=i and 1 / i)
+        for B in (1, 4) for i, name in enumerate(names)])
     figures.write_numbers(tmp_path / "figures.json", numbers)
     paths = [tmp_path / name for name in figures.PICTURES]
     assert run(figures.main, "--dir", tmp_path).split() == [*map(str, paths)]
@@ -116,7 +120,9 @@ def test_drawing(tmp_path, monkeypatch):
         for ax in fig.axes:
             assert ax.get_xlabel() or ax.get_shared_x_axes().get_siblings(ax)[1:]
         close(fig)
-    (steps, _, quality, length), watch = figs, numbers["watch"]
+    (steps, _, quality, length, rivals), watch = figs, numbers["watch"]
+    for ax in rivals.axes:
+        assert [line.get_label().split(":")[0] for line in ax.lines] == names
     drawn, marks = steps.axes[0].images[0].get_array().tolist(), [*figures.COLOURS]
     assert ["".join(marks[i] for i in row) for row in drawn] == watch["runs"][1]["rows"]
     points = {tuple(p) for ax in quality.axes for line in ax.lines

@@ -39,15 +39,26 @@ def test_llada_is_one_setting():
     with torch.device("meta"):
         assert sum(p.numel() for p in m.DiffusionLM(m.LLADA_8B).parameters()) == 8_015_581_184
 
-def test_a_part_of_the_positions_is_a_part_of_the_whole(model):
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_part_of_the_positions_is_a_part_of_the_whole(causal):
     """With unchanged tokens the cached K/V are right, in any order of positions."""
+    model = random_model(shift=causal, causal=causal)
     x, cache, some = tokens(), KVCache(model, 2, 20), torch.tensor([[5, 2, 11], [0, 19, 4]])
     whole = model(x, cache=cache)
     expected = whole.take_along_dim(some[..., None], 1)
     assert_close(model(x, rows=some), expected, atol=1e-12)
+    rows = torch.tensor([[2, 0], [1, 1]])
     assert_close(model(x.gather(1, some), some, cache), expected, atol=1e-12)
-    padded = torch.cat([torch.full((2, 5), 3), x], 1)
-    assert_close(model(padded, pad=torch.tensor([5, 5]))[:, 5:], whole, atol=1e-12)
+    assert_close(model(x.gather(1, some), some, cache, rows),
+                 expected.take_along_dim(rows[..., None], 1), atol=1e-12)
+    padded = torch.stack([torch.cat([x.new_zeros(n), x[i], x.new_zeros(5 - n)])
+                          for i, n in enumerate((5, 2))])
+    pad = torch.tensor([5, 2])
+    found = model(padded, pad=pad, seen=torch.arange(25) < pad[:, None] + 20)
+    assert found.isfinite().all()
+    assert_close(torch.stack([found[0, 5:], found[1, 2:22]]), whole, atol=1e-12)
+    for n in (1, 2, 19) if causal else ():  # each row is the last one of a shorter text
+        assert_close(whole[:, n - 1], model(x[:, :n])[:, -1], atol=1e-12)
 
 @pytest.mark.parametrize("n_kv_head, bias", [(4, False), (2, False), (1, True)])
 def test_attention_against_plain_arithmetic(n_kv_head, bias):
@@ -85,6 +96,11 @@ def test_noise_and_loss(model):
     # weight is 1/p over the 14 free positions of a row; the mean is over 2 rows
     by_hand = sum(-logp[b, q, x[b, q]] * weight[b, q] / 2 for b, q in masked.nonzero())
     assert abs(m.diffusion_loss(model, x, masked, weight) - by_hand) < 1e-4
+    # of a causal model: each of the 14 tokens counts alike, and is told by the row before it
+    causal, free = random_model(shift=True, causal=True), torch.arange(20).expand(2, -1) >= 6
+    logp = F.log_softmax(causal(x).float(), -1)
+    by_hand = sum(-logp[b, q - 1, x[b, q]] / 14 / 2 for b, q in free.nonzero())
+    assert abs(m.causal_loss(causal, x, *m.every_token(~free)) - by_hand) < 1e-4
 
 def packed_layers(model):
     return sum(getattr(layer, "packed", None) is not None for layer in model.modules())
@@ -108,7 +124,8 @@ def test_packed_products_are_the_same(packs, dtype, n_kv_head, bias, n, m_rows):
     for model in (plain, packed, packed, packed):  # numbers of rows that come again are not padded
         cache = KVCache(model, 2, 20)
         found.append((model(tokens(), cache=cache),
-                      model(1 + tokens().gather(1, pos), pos, cache, rows), cache.k, cache.v))
+                      model(1 + tokens().gather(1, pos), pos, cache, rows),
+                      cache.k[:, :, :20], cache.v[:, :, :20]))  # not the spare column
     assert found[0][1].shape == (2, m_rows, 48)
     for a, b in [pair for other in found[1:] for pair in zip(found[0], other)]:
         most = 1e-5 if dtype == torch.float32 else 0.05
@@ -214,6 +231,24 @@ def test_save_and_load(tmp_path, tokenizer, dtype):
     assert m.load(path)[1] is None
     assert list(tmp_path.iterdir()) == [path]  # no temporary file
 
+def test_a_tied_head_is_the_embedding(tmp_path):
+    """One tensor: in the file, after loading, in another dtype; its gradient is that of both."""
+    tied, plain = (random_model(tied=tied, dtype=torch.float32) for tied in (True, False))
+    sizes, path = [], tmp_path / "a.pt"
+    for model in (plain, tied):
+        m.save(path, model)
+        sizes.append(path.stat().st_size)
+    assert 0 <= sizes[0] - sizes[1] - 4 * 48 * 32 < 1000
+    for dtype in (None, torch.bfloat16):
+        again = m.load(path, dtype=dtype)[0]
+        assert again.head.weight is again.wte.weight
+        assert_close(again(tokens()).float(), tied(tokens()), atol=1e-5 if dtype is None else 0.5)
+    plain.load_state_dict(tied.state_dict())
+    for model in (tied, plain):
+        loss_and_gradients(model)
+    both = plain.wte.weight.grad + plain.head.weight.grad
+    assert_close(tied.wte.weight.grad, both, atol=1e-6)
+
 def test_saving_fails_without_harm(tmp_path, monkeypatch):
     """On a full disk torch raises a RuntimeError of its own, which said: unexpected pos 276992."""
     class FullDisk(io.FileIO):
@@ -237,6 +272,7 @@ BOMB = b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x7f\x85R."  # two gigaby
 CHANGES = {  # part of the saved dict -> words of the sentence, and what is put there (...: nothing)
     "config": [
         ("n_layer", dict(n_layer=2**30)), ("n_layer", dict(n_layer="3")),
+        ("causal needs shift", dict(causal=True)),
         ("n_layer", dict(n_layer=ENDLESS)), ("n_vocab 44", dict(eos_id=46)),
         ("other than the mask", dict(eos_id=40)), ("n_embd 32", dict(n_head=5)),
         ("colour", dict(colour=1)), ("wte.weight", dict(vocab_size=2**30, n_vocab=2**30)),

@@ -92,7 +92,8 @@ def test_a_run_on_two_problems_and_resuming(tmp_path):
     # each rule has every cache but those that it refuses
     for rule in accuracy.RULES:
         known = {how["cache"] for _, how, _ in accuracy.runs(model, [rule])}
-        assert known == {*CACHES} - ({"greedy"} if rule != "left-to-right" else set())
+        refuses = {"greedy"} if rule != "left-to-right" else set()
+        assert known == {*CACHES} - {"autoregressive", "guided"} - refuses
     part = run(accuracy.main, *ask[:8], "--rules", "threshold-0.9", "--caches", "local", "greedy")
     row, = (line for line in printed.splitlines() if line.startswith("| threshold 0.9 | local"))
     assert part.splitlines()[-1] == row and len(part.splitlines()) == 6
@@ -114,12 +115,14 @@ def run_bench(path, *flags):
 def test_the_table(tmp_path):
     printed, found, rows = run_bench(tmp_path / "o.json", "--prompt-len", 8, "--gen-length", 32,
                                      "--block-length", 16, "--batch", 2)
-    runs = bench.runs(CACHES, 4, half=16)
-    assert list(rows) == list(runs) and {how["cache"] for how in runs.values()} == {*CACHES}
+    runs = bench.runs(CACHES[:-1], 4, steps=32)  # all but guided
+    assert list(rows) == list(runs) and {how["cache"] for how in runs.values()} == {*CACHES[:-1]}
     for name, r in rows.items():
-        if (how := runs[name])["cache"] in COSTS:
-            assert r["positions"] == cache_cost(8, 32, how.pop("steps", 32), 16, **how)
-        assert r["forwards"] == (16 if "half" in name else 32) and 0 < r["outside"] < 1
+        how = dict(steps=32, block_length=16) | runs[name]
+        if how["cache"] in COSTS:
+            assert r["positions"] == cache_cost(8, 32, **how)
+        assert r["forwards"] == (how["steps"] or 32) and 0 < r["outside"] < 1
+        assert r["times_ar"] == r["seconds"] / rows["autoregressive"]["seconds"]
         assert all(r[key] > 0 for key in ("seconds", "floor", "peak"))
         assert r["tokens_per_s"] == pytest.approx(64 / r["seconds"])
     # all once, then the masks of the block and what was revealed: 16, and 32 in the second block
@@ -134,7 +137,7 @@ def test_the_table(tmp_path):
     assert {name: r["positions"] for name, r in few[2].items()} == {
         "none": 2 * 72, "pd 2": 72 + 64, "dual": 2 * 72}
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", CACHES[:-1])
 @pytest.mark.parametrize("block_length", [8, 24])
 def test_sampled_runs_add_up(monkeypatch, cache, block_length):
     """On a clock that only the model's arithmetic moves: fewer run, the sums are those of all."""
@@ -144,10 +147,12 @@ def test_sampled_runs_add_up(monkeypatch, cache, block_length):
         tokens, _, cache, rows, *_ = given
         T = cache.T if cache else tokens.shape[1]
         ran.append(1 + work(model.config, *tokens.shape, rows.shape[1], T) / 1e4)
-    model.register_forward_hook(tick)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: sum(ran, 0.0))
     setting = bench.Bench(model, 2, 12, 24, block_length=block_length)
-    own = dict(decode=dict(refresh=4), greedy=dict(refresh=4), entropy=dict(tau=math.inf))
+    for either in (model, setting.same()):
+        either.register_forward_hook(tick)
+    own = dict(decode=dict(refresh=4), greedy=dict(refresh=4), entropy=dict(tau=math.inf),
+               autoregressive=dict(steps=None, block_length=None))
     how = dict(cache=cache) | own.get(cache, {})
     whole, every = setting.run(how)
     assert whole.calls == setting.run(how, set())[0].calls
@@ -162,9 +167,33 @@ def test_sampled_runs_add_up(monkeypatch, cache, block_length):
     assert set(sampled.ran) == steps and sampled.calls == whole.calls
     assert few["positions"] == every["positions"]
     if cache in COSTS:
-        assert few["positions"] == cache_cost(12, 24, 24, block_length, **how)
+        how = dict(steps=24, block_length=block_length) | how
+        assert few["positions"] == cache_cost(12, 24, **how)
     assert few["forwards"] == every["forwards"] == 24
     assert few["seconds"] == pytest.approx(every["seconds"], rel=0.02)
+
+def test_rivals(tmp_path):
+    """AR of the same size writes as many tokens as the right answers have, in as many forwards."""
+    model, _ = toy(tmp_path / "a.pt")
+    guider = random_model(1, torch.float32, vocab_size=260, n_vocab=258, mask_id=257, eos_id=256,
+                          eot_id=None, causal=True, shift=True)
+    save(tmp_path / "g.pt", guider, build_tokenizer("some text ", 258))
+    guider.extra = model.extra
+    causal = [(rule, how["cache"]) for rule, how, _ in accuracy.runs(guider)]
+    assert causal == [("left-to-right", "none"), ("left-to-right", "autoregressive")]
+    printed = run(bench.main, "--rivals", "--ckpt", tmp_path / "a.pt", "--guider",
+                  tmp_path / "g.pt", "--repeats", 2, "--n", 2)
+    rows = json.loads(printed.splitlines()[-1])["runs"]
+    (_, one), (_, two), _ = model.extra["problems"]
+    for B, same in zip((1, 4), (rows[0], rows[len(rows) // 2])):
+        n = [min(16, len(answer.encode()) + 1) for answer in (one, two)]
+        assert (same["run"], same["batch"], same["exact"]) == ("AR, same size", B, None)
+        assert same["forwards"] == (sum(n) / 2 if B == 1 else max(n)) and same["times_ar"] == 1
+        assert same["tokens_per_s"] * same["seconds"] * 2 == pytest.approx(sum(n))
+    exact = {(row["batch"], row["run"]): row["exact"] for row in rows}
+    assert exact[1, "none"] == exact[4, "none"] == 0.5 and len(rows) == 2 * 18
+    assert all((row["guider"] or 0) == row["forwards"] * (row["run"][:6] == "guided")
+               for row in rows)
 
 def test_growth(tmp_path):
     printed, found, rows = run_bench(tmp_path / "o.json", "--scale", 128, 40, "--sample", 2)
@@ -198,9 +227,11 @@ def test_the_arithmetic():
     (bench, ["--device", "cuda"], "CUDA"),
     (bench, ["--sample", 1], "--sample"), (bench, ["--scale", 64], "two lengths"),
     (bench, ["--ckpt", "no.pt"], "no.pt"), (bench, ["--scale", "--steps", 8], "--steps"),
+    (bench, ["--rivals", "--steps", 8], "--steps"), (bench, ["--guider", "tiny"], "--guider"),
+    (bench, ["--rivals", "--guider", "tiny"], "causal"), (bench, ["--rivals", "--n", 0], "--n is"),
     (bench, ["--json", ""], "--json"),
     (bench, ["--json", "no/such/o.json"], "no/such"), (figures, ["--n", 0], "--n is 0"),
-    (figures, ["--measure", "moods"], "moods"), (figures, ["--device", "x"], "device"),
+    (figures, ["--measure", "moods"], "moods"), (figures, ["--measure", "--device", "x"], "device"),
     (figures, ["--measure", "--ckpt", "no.pt"], "no.pt"), (figures, ["--what"], "--what"),
     (figures, ["--measure", "--workers", 0], "--workers"),
     (figures, ["--measure", "watch", "--dir", "/nowhere"], "/nowhere"),

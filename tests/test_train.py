@@ -15,9 +15,9 @@ from unittest.mock import Mock
 import pytest
 import regex
 import torch
-from conftest import ROOT, scripts
+from conftest import ROOT, byte_model, scripts
 
-from model import load
+from model import load, save
 from support import checkpoint
 from support.cli import launch
 from support.evaluate import answer_problems, text_of
@@ -38,14 +38,15 @@ def train(monkeypatch, capsys, tmp_path):
     computed -> stdout, stderr"""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_tiny.py"])
-    real = t.diffusion_loss
+    both = {name: getattr(t, name) for name in ("diffusion_loss", "causal_loss")}
 
     def run(flags, code=0, at=-1, do=None):
         steps = itertools.count()
-        def loss(model, *batch):  # a validation has no gradients
+        def loss(real, model, *batch):  # a validation has no gradients
             found = do(model) if torch.is_grad_enabled() and next(steps) == at else None
             return found if torch.is_tensor(found) else real(model, *batch)
-        monkeypatch.setattr(t, "diffusion_loss", loss)
+        for name, real in both.items():
+            monkeypatch.setattr(t, name, functools.partial(loss, real))
         with pytest.raises(SystemExit) as e:
             launch(lambda: t.main(shlex.split(flags)))
         out, err = capsys.readouterr()
@@ -163,17 +164,19 @@ def test_loss_falls_and_the_file_answers(train):
     # random orders belong to the problem, whatever the batches are
     how = dict(cache="greedy", remasking="random", temperature=1.0)
     two, one = (answer_problems(model, tokenizer, 1, 4, size, **how) for size in (2, 1))
-    assert two == one and two.ids[2:] == answer_problems(model, tokenizer, 3, 2, **how).ids
+    assert (two.right, two.steps) == (one.right, one.steps) and two.ids == one.ids
+    assert two.ids[2:] == answer_problems(model, tokenizer, 3, 2, **how).ids
     assert len(set(map(tuple, two.ids))) == 4 and 0 < two.positions_run < two.positions_full
     question, _ = model.extra["problems"][2]
     model.extra["problems"][2] = question, text_of(two.ids[1], model, tokenizer).strip()
     right = answer_problems(model, tokenizer, 1, 4, 2, **how).right
     assert not any(two.right) and right == [False, True, False, False]
 
-def test_a_stopped_run_resumes_to_the_same_bits(train):
+@pytest.mark.parametrize("more", ["", "--causal "])
+def test_a_stopped_run_resumes_to_the_same_bits(train, more):
     """By SIGTERM and Ctrl-C, which save and exit with 130, or at any moment after a save."""
-    train(STEPS + "--out whole.pt")
-    out, _ = train(STEPS, code=130, at=3, do=TERMINATE)
+    train(STEPS + more + "--out whole.pt")
+    out, _ = train(STEPS + more, code=130, at=3, do=TERMINATE)
     assert "stopped after 3 steps; to resume: " in out and "--resume" in out
     assert load("a.pt")[1] is not None  # nothing was validated, but better than none
     steps = [checkpoint.read("a.pt.train")["step"]]
@@ -189,6 +192,25 @@ def test_a_stopped_run_resumes_to_the_same_bits(train):
     assert not list(Path().glob("*.tmp"))
     whole, found = (checkpoint.read(f"{name}.pt.train")["weights"] for name in ("whole", "a"))
     assert all(torch.equal(w, found[k]) for k, w in whole.items())
+
+def test_causal_models_and_those_like_another(train):
+    """Of problems and of a text: lengths, tokenizer and ops are the other model's."""
+    train(SMALL + "--steps 2 --vocab 400 --ops 2 3 --prompt-len 56 --gen-length 48 "
+          "--block-length 16")
+    out, _ = train(SMALL + "--steps 150 --val-every 75 --causal --like a.pt --out b.pt --eval 3")
+    first, second = map(float, re.findall(r"validation ([\d.]+) nats per token\n", out))
+    assert second < first < 6.3 and second < 3, out
+    assert re.search(r"\nnone {28}\d of 3 .*\nautoregressive {18}\d of 3 .* 4\d\.\d\dx", out), out
+    (a, tokens), (b, others) = load("a.pt"), load("b.pt")
+    assert tokens.state() == others.state() and a.extra == b.extra
+    assert (b.config.causal, b.config.max_len) == (True, a.config.max_len) == (True, 208)
+    two = [answer_problems(b.float(), others, n=3, cache=c).ids for c in ("none", "autoregressive")]
+    assert two[0] == two[1]
+    Path("my.txt").write_text(DUCKS, encoding="utf-8")
+    train(SMALL + "--data my.txt --steps 2 --vocab 300 --gen-length 24 --block-length 8 --out t.pt")
+    train(SMALL + "--data my.txt --causal --like t.pt --steps 2 --out u.pt")
+    (a, tokens), (b, others) = load("t.pt"), load("u.pt")
+    assert tokens.state() == others.state() and a.extra == b.extra
 
 def test_what_stops_a_run_keeps_the_last_good_checkpoint(train):
     infinite = Mock(return_value=torch.tensor(torch.inf, requires_grad=True))
@@ -217,12 +239,13 @@ def test_resume_refuses_what_it_cannot_continue(train):
         torch.save(state | {"args": state["args"] | {name: value}}, "b.pt.train")
         assert words in train(resume, code=2)[1]
 
-def test_resume_knows_its_text(train, monkeypatch):
+@pytest.mark.parametrize("more", ["", "--causal "])
+def test_resume_knows_its_text(train, monkeypatch, more):
     """From another folder it did not find the text, or took another one that it found there."""
     os.mkdir("b")
     Path("my.txt").write_text(DUCKS, encoding="utf-8")
     Path("b/my.txt").write_text(DUCKS.replace("duck", "goat"), encoding="utf-8")
-    out, _ = train(SMALL + "--data my.txt --steps 6 --val-every 3")
+    out, _ = train(SMALL + more + "--data my.txt --steps 6 --val-every 3")
     first, second = map(float, re.findall(r"validation ([\d.]+) nats per token\n", out))
     assert second < first and "nats per byte" in out
     monkeypatch.chdir("b")
@@ -260,6 +283,10 @@ def test_user_errors(line, train, monkeypatch):
     texts |= {"latin.txt": b"caf\xe9 " * 100, "short.txt": b"too short", "empty.txt": b""}
     for name, text in texts.items():
         Path(name).write_bytes(text)
+    model, tokenizer = byte_model()
+    save("plain.pt", model, tokenizer)
+    model.extra |= dict(gen_length=8)
+    save("text.pt", model, tokenizer)
     torch.save({"x": 1}, "other.pt.train")
     torch.save(dict(args={}, step=0, best=1.0, weights={}, optimizers=[]), "old.pt.train")
     before = files()
