@@ -80,15 +80,14 @@ class KVCache:
 
 @dataclass
 class Batch:
-    x: torch.Tensor             # (B, T + 1) int64 prompts, revealed tokens, masks, and the spare
-                                # column; unfinished rows only
+    x: torch.Tensor             # (B, T + 1) int64 unfinished rows: prompt, answer, spare column
     P: int                      # prompts are left-padded to this length
-    T: int
+    T: int                      # columns; the spare one comes after them
     L: int                      # block_length
     schedule: list              # for each block [(c, k)] of its steps, from unmask_schedule
     threshold: float | None     # reveal what is as probable as this, instead of the schedule
     config: object              # the model's
-    un: bool                    # shifted logits, Decode or PD: see place
+    un: bool                    # see place
     order: torch.Tensor | None  # (B, gen_length) columns in reveal order; None: by confidence
     noise: torch.Tensor | None  # (B, steps, L) uniform draws; None at temperature 0
     pad: torch.Tensor | None    # (B,) left padding of each row; None if there is none
@@ -101,10 +100,9 @@ class Batch:
     stop_at_eos: bool
     book: batch.Book            # which prompts are left, positions run, on_step
     step: int = 0               # calls of the model so far
-    # of the step, for its helpers
-    lo: int = 0                 # the block's first column
-    turn: int = 0               # its place in noise
-    ran: torch.Tensor | None = None  # the columns that ran
+    lo: int = 0                 # of the step: its block's first column,
+    turn: int = 0               # its place in noise,
+    ran: torch.Tensor | None = None  # and the columns that ran
 
 @dataclass
 class Result:
@@ -269,12 +267,13 @@ def forward(model, s, pos, rows, cache, seen=None):
 # --------------------------------------------------------------------------------------------------
 # the entry
 
+# not cuDNN: on an H100 it plans for 35 ms when a shape is new, which it is in most steps
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
 def find(table, cache):
     """LOOPS or COSTS: this file's, or for another cache those of caches/."""
-    if cache in CACHES:
-        return globals()[table]
     import caches  # here, because caches/ imports this file
-    return getattr(caches, table)
+    return globals()[table] if cache in CACHES else getattr(caches, table)
 
 @torch.inference_mode()
 def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_length=None,
@@ -309,8 +308,7 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
                  (B, T) bool); columns count from each prompt's own start, and -1 and False fill
                  the end of shorter rows
     **settings   those of the loop, as in its signature; None means the default
-                 refresh  run everything every so many steps of a block (decode 8, greedy 2, as in
-                          the paper); a block's steps or more: never
+                 refresh  steps of a block from one run of everything to the next (8, greedy 2)
                  window   masks that greedy runs around each token that it reveals (4)
                  delay    False: keep the K/V of the step that revealed the token (to see why not)
     """
@@ -323,9 +321,7 @@ def generate(model, prompts, *, cache="none", gen_length=128, steps=None, block_
                 order=order, **settings)
     prompts = check_prompts(model.config, prompts, gen_length)
     s = Batch(**batch.start(model, prompts, how, order, generator, on_step))
-    # not cuDNN: on an H100 it plans for 35 ms when a shape is new, which it is in most steps
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-                      SDPBackend.MATH]):
+    with sdpa_kernel(ATTENTION):
         loops[cache](model, s, **loop_settings(loops[cache], settings))
     counts = batch.read_out(s)  # waits for the device
     return Result(forwards=s.step, seconds=time.perf_counter() - began, **counts)
@@ -344,15 +340,13 @@ COSTS = {
 def cache_cost(prompt_len, gen_length=128, steps=None, block_length=None, cache="none",
                schedule="llada", threshold=None, shift=False, **settings):
     """Positions that one prompt runs, in closed form. Result.positions_run has to equal it, and
-    with stop_at_eos to be at most that. shift: that of the model's config; settings: those of the
-    loop, as in generate."""
+    with stop_at_eos to be at most that. shift: of the model's config; settings: as in generate."""
     costs, loops = find("COSTS", cache), find("LOOPS", cache)
     moves = shift and cache in ("greedy", "local", "dual", "window")  # see place: no fixed number
     if threshold is not None or moves or cache not in costs:
         what = "a threshold" if threshold is not None else f"cache {cache!r}"
-        what += " with shifted logits" * moves
-        raise ValueError(f"there is no closed form for {what}: there is one, without a threshold, "
-                         f"for {', '.join(find('COSTS', None))}")
+        raise ValueError(f"there is no closed form for {what}{' with shifted logits' * moves}: "
+                         f"there is one, without a threshold, for {', '.join(find('COSTS', None))}")
     settings = loop_settings(loops[cache], settings)
     steps, T = steps or gen_length, prompt_len + gen_length
     L = 1 if cache == "autoregressive" else block_length or gen_length

@@ -160,7 +160,8 @@ class DiffusionLM(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.tie()
+        if config.tied:
+            self.head.weight = self.wte.weight
         for name, p in self.named_parameters():
             if name.endswith(("o.weight", "down.weight")):  # GPT-2's scaling of the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -168,10 +169,6 @@ class DiffusionLM(nn.Module):
                 nn.init.zeros_(p)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
-
-    def tie(self):
-        if self.config.tied:
-            self.head.weight = self.wte.weight
 
     def forward(self, tokens, pos=None, cache=None, rows=None, pad=None, seen=None):
         """Runs the given positions and returns logits.
@@ -250,9 +247,8 @@ def every_token(frozen):
     return ~frozen, 1 / (~frozen).sum(1, keepdim=True).clamp(min=1).expand(frozen.shape)
 
 def causal_loss(model, tokens, masked, weight, pad=None):
-    """Cross entropy of the tokens at `masked`, each predicted from those before it, times its
-    weight, summed over a row and averaged over the rows. For a causal model; the arguments are
-    those of diffusion_loss, and nothing is masked in the input -> () float32"""
+    """diffusion_loss of a causal model: each token at `masked` is predicted from those before it,
+    and nothing is masked in the input -> () float32"""
     logits = model(tokens[:, :-1], pad=pad)                                    # (B, T - 1, V)
     ce = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     return (ce.view_as(tokens[:, 1:]) * (weight * masked)[:, 1:]).sum() / len(tokens)
@@ -263,7 +259,7 @@ def causal_loss(model, tokens, masked, weight, pad=None):
 def stored(model):
     """-> {name: tensor} of a file: a tied head is the embedding, and is stored once."""
     return {name: p for name, p in model.state_dict().items()
-            if not (model.config.tied and name == "head.weight")}
+            if name != "head.weight" or not model.config.tied}
 
 def save(path, model, tokenizer=None):
     """Writes a checkpoint, atomically; weights keep their dtype. Raises ValueError if it cannot."""
@@ -288,8 +284,9 @@ def load(path, device="cpu", dtype=None):
         with torch.device("meta"):  # shapes only; the weights come from the file
             model = DiffusionLM(config)
         checkpoint.check_weights(weights, stored(model))
-        model.load_state_dict(weights, assign=True, strict=False)  # all names were checked
-        model.tie()
+        model.load_state_dict(weights, assign=True, strict=not config.tied)
+        if config.tied:
+            model.head.weight = model.wte.weight
         model.extra = checkpoint.check_extra(data["extra"])
         tokenizer = Tokenizer.from_state(data["tokenizer"]) if data["tokenizer"] else None
     except Exception as e:  # whatever somebody else's file brings about here

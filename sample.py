@@ -41,18 +41,18 @@ REPEATS = 3  # of a run on the checkpoint's own problems, whose times are short
 # --------------------------------------------------------------------------------------------------
 # flags
 
+KINDS = ("which positions a step runs, beside all now and then (decode; in the demo some). none: "
+         "all; decode: masks, newest tokens; greedy: masks near the next token; prefill: all but "
+         "the prompt; pd: decode without it; local: decode in the block; freecache, prefix: from "
+         "the block on; dual: the block; window: the first masks, and no step attends far ones; "
+         "entropy: masks of the block, and all after a doubtful token; guided: all but the prompt; "
+         "autoregressive (a causal model's): the newest token")
+
 def parse_args(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default="tiny", metavar="tiny|llada|dream|PATH",
                    help="checkpoint (tiny, which is bundled)")
-    p.add_argument("--cache", choices=[*CACHES, "all"],
-                   help="which positions a step runs, beside all now and then (decode; in the demo "
-                        "some). none: all; decode: masks, newest tokens; greedy: masks near the "
-                        "next token; prefill: all but the prompt; pd: decode without the prompt; "
-                        "local: decode in the block; freecache, prefix: from the block on; dual: "
-                        "the block; window: the first masks, and no step attends far ones; "
-                        "entropy: masks of the block, and all after a doubtful token; guided: "
-                        "all but the prompt; autoregressive (a causal model's): the newest token")
+    p.add_argument("--cache", choices=[*CACHES, "all"], help=KINDS)
     p.add_argument("--guider", metavar="guider|PATH",
                    help="the causal model of --cache guided, with the vocabulary of --ckpt")
     g = p.add_argument_group("prompts (without any: held-out problems or texts of the checkpoint)")
@@ -100,7 +100,7 @@ def parse_args(argv):
     g.add_argument("--batch-size", type=int, default=8, metavar="PROMPTS", help="at once (8)")
     g.add_argument("--json", action="store_true", help="print a JSON object per prompt and cache")
     g.add_argument("--out", metavar="FILE", help="the same into a file; resumes what it holds")
-    g.add_argument("--yes", action="store_true", help="fetch and convert LLaDA without asking")
+    g.add_argument("--yes", action="store_true", help="fetch and convert without asking")
     g.add_argument("--watch", type=float, nargs="?", const=0.1, metavar="SECONDS",
                    help="show each step: in a terminal for SECONDS (0.1), in a pipe as a line")
     args = p.parse_args(argv)
@@ -118,6 +118,8 @@ def check_args(args):
     every = [c for c in CACHES if c != "autoregressive" and (c != "guided" or args.guider)]
     several = dict(all=every, demo=("none", "decode", "local", "greedy"))
     args.caches = several.get(args.cache, [args.cache])
+    if args.guider and "guided" not in args.caches:
+        raise ValueError(f"--guider has no effect with --cache {args.cache}: leave one of them out")
     check_bounds(args, watch=(0, 60), batch_size=1)
     # the answers go to one place
     if (args.watch is not None) + args.json + bool(args.out) > 1:

@@ -145,8 +145,7 @@ def build(args, data, device):
     vocab = max(special.values()) + 1  # fewer than args.vocab if the text is short
     # the MLP is 8/3 as wide as the model, rounded up to 32: SwiGLU has three matrices, not two
     n_ff = -(-args.n_embd * 8 // 96) * 32
-    # twice the length that is trained, so that longer answers can be tried
-    max_len = 2 * (args.prompt_len + args.gen_length)
+    max_len = 2 * (args.prompt_len + args.gen_length)  # so that longer answers can be tried
     config = Config(n_layer=args.n_layer, n_head=args.n_head, n_kv_head=args.n_head,
                     n_embd=args.n_embd, n_ff=n_ff, max_len=max_len, vocab_size=vocab,
                     n_vocab=vocab, mask_id=special["<|mask|>"], eos_id=special["<|eos|>"],
@@ -157,7 +156,6 @@ def build(args, data, device):
     model = DiffusionLM(config).to(device)
     # Muon is for matrices only, and not for the embedding and the head, whose rows are tokens
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    # the others include the norms of the blocks, which are vectors
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     return model, [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.0),
                    torch.optim.AdamW(others, lr=args.lr_adam, betas=(0.9, 0.98), weight_decay=0.0)]
@@ -179,8 +177,7 @@ def validate(model, val, device, amp):
     masked, weight = every_token(frozen) if model.config.causal else diffusion_noise(
         frozen, generator=torch.Generator().manual_seed(0))
     loss, loss_of = 0.0, causal_loss if model.config.causal else diffusion_loss
-    # 64 rows at once, the mean weighted by their number
-    for rows in torch.arange(len(tokens)).split(64):
+    for rows in torch.arange(len(tokens)).split(64):  # weighted by their number
         part = (t[rows].to(device) for t in (tokens, masked, weight, pad))
         with torch.autocast(device, torch.bfloat16, enabled=amp):
             loss += loss_of(model, *part).item() * len(rows) / len(tokens)
@@ -225,14 +222,12 @@ def train(args, data, model, optimizers, state, device, amp):
                        4096 if device == "cuda" else 1024)
 
     with interrupts() as stopped:
-        # in a file, a line every 30 seconds
         bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step",
                    mininterval=0.5 if sys.stderr.isatty() else 30, disable=rank > 0)
         for step in bar:
             began, batch = time.time(), data.batch(step)  # of the step's own random numbers
             set_rates(optimizers, args, step)
-            # forward, backward; nothing of the model has changed until the optimizers step
-            loss = backward(net, batch, args, device, amp)
+            loss = backward(net, batch, args, device, amp)  # the model itself changes below
             orphan = world > 1 and os.getppid() != parent  # torchrun has ended
             # the parts of the loss are added up; if one process has to stop, all do, at this step
             both = torch.stack([loss, torch.tensor(float(bool(stopped) or orphan), device=device)])

@@ -39,8 +39,7 @@ def generate_guided(model, s, guider=None, accept="deterministic", accept_top_k=
                 at = (cand - 1).clamp(max=T - 2) if i == 0 else None
                 tokens = read.gather(1, where).clamp(max=guider.config.vocab_size - 1)
                 logits = guider(tokens, where, guide, at, s.pad).float()
-                V = min(guider.config.n_vocab, s.config.n_vocab)
-                logits = logits[..., :V]                                       # (B, m, V)
+                logits = logits[..., :min(guider.config.n_vocab, s.config.n_vocab)]
                 for mask_id in {s.config.mask_id, guider.config.mask_id}:
                     logits[..., mask_id:mask_id + 1] = -torch.inf  # never agreed upon
                 s.book.read(where, s.T)

@@ -93,22 +93,22 @@ def read_log(path, head):
     raise ValueError(f"{path} is not a log of this checkpoint and these settings: "
                      "give another name, or delete it")
 
-def collect(args, runs, path, text):
+def collect(args, runs):
     """Answers args.n problems with every run, in processes -> what answer() returns for each run,
-    joined over its batches. With a path every answer is logged there at once, after a first line
-    with `text` and the conditions, and what an earlier call has logged is not answered again."""
-    n, size, firsts = args.n, args.batch_size, range(0, args.n, args.batch_size)
-    head = dict(n=n, batch_size=size, device=args.device, weights=args.weights, runs=text)
-    parts = read_log(path, head)
+    joined over its batches. With args.log every answer is logged there at once, after a first line
+    with the conditions, and what an earlier call has logged is not answered again."""
+    n, size, path = args.n, args.batch_size, args.log
+    head = dict(n=n, batch_size=size, device=args.device, weights=args.weights, runs=repr(runs))
+    parts, firsts = read_log(path, head), range(0, n, size)
     left = [(how, run, first, min(size, n - first)) for first in firsts
-            for run, how in enumerate(runs) if (run, first) not in parts]
+            for run, (_, how, _) in enumerate(runs) if (run, first) not in parts]
     if path:  # written again without the half line that a killed run may have left
         with atomic_write(path, "w") as f:
             print(*map(json.dumps, [head, *parts.values()]), sep="\n", file=f)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = args.workers or (1 if args.device == "cuda" else cores)
-    spawn, seconds = get_context("spawn"), 0.5 if sys.stderr and sys.stderr.isatty() else 60
-    pool = ProcessPoolExecutor(workers, spawn, start_worker, (args.ckpt, args.device))
+    pool = ProcessPoolExecutor(args.workers or (1 if args.device == "cuda" else cores),
+                               get_context("spawn"), start_worker, (args.ckpt, args.device))
+    seconds = 0.5 if sys.stderr and sys.stderr.isatty() else 60
     try:
         with open(path or os.devnull, "a", encoding="utf-8") as log, pool:
             done = as_completed([pool.submit(answer, *task) for task in left])
@@ -158,9 +158,7 @@ def parser(doc, n):
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default="tiny")
     p.add_argument("-n", "--n", type=int, default=n, help=f"problems ({n})")
-    p.add_argument("--batch-size", type=int, default=50, help="problems answered at once (50)")
     p.add_argument("--device", metavar="auto|cpu|cuda|cuda:N|mps", default="auto")
-    p.add_argument("--workers", type=int, help="of one thread each (CPU: one per core; CUDA: 1)")
     return p
 
 def load_problems(args):
@@ -176,6 +174,8 @@ def load_problems(args):
 
 def main(argv=None):
     p = parser(__doc__, 1000)
+    p.add_argument("--batch-size", type=int, default=50, help="problems answered at once (50)")
+    p.add_argument("--workers", type=int, help="of one thread each (CPU: one per core; CUDA: 1)")
     p.add_argument("--log", metavar="FILE", help="keep every answer there, and resume")
     for flag, all_ in ("--rules", RULES), ("--caches", CACHES):
         p.add_argument(flag, nargs="+", choices=all_, default=tuple(all_), metavar="NAME",
@@ -186,7 +186,7 @@ def main(argv=None):
         check_out(args.log, "--log")
     model, _ = load_problems(args)
     dtype, found = model.wte.weight.dtype, runs(model, dict.fromkeys(args.rules), args.caches)
-    joined = collect(args, [how for _, how, _ in found], args.log, repr(found))
+    joined = collect(args, found)
     print(f"{args.n} problems, {model.extra['gen_length']} tokens each, blocks of "
           f"{model.extra['block_length']}, {args.device}, {str(dtype)[6:]}, batches of "
           f"{args.batch_size}\n\n| rule | cache | exact | against none | fewer positions "

@@ -6,12 +6,11 @@ python scripts/bench.py --caches dual local some of the caches, beside none
 python scripts/bench.py --scale             growth with the length: 128 to 2048 tokens in all
 python scripts/bench.py --rivals            guided and autoregressive: who is faster, and right?
 
-All runs take turns in one process, after a warm-up; times are medians. Speed does not depend on
-the weights, so a preset's are random. Greedy decodes in a fixed random order, all others by
-confidence, in blocks of 32 where that divides --gen-length: every run does the same work every
-time. To random weights every token is doubtful, so of entropy only the cheapest case is timed, in
-which none is: "entropy never". Caches that refuse --steps are left out. The autoregressive cache is
-that of a causal model of the same size, random weights too. Use an idle machine.
+All runs take turns in one process, after a warm-up; times are medians. A preset's weights are
+random. Greedy decodes in a fixed random order, all others by confidence, in blocks of 32 where that
+divides --gen-length. Of entropy only the cheapest case is timed, in which no token is doubtful:
+"entropy never". Caches that refuse --steps are left out. The autoregressive cache is that of a
+causal model of the same size, random weights too. Use an idle machine.
 
 seconds    of one run;  tokens_per_s: generated tokens of all prompts
 positions  run, per prompt
@@ -23,10 +22,9 @@ floor      time to read the weights once a forward, at this memory's speed, over
 peak       multiply-adds per second, over those of a large matrix product in the same dtype
 memory     bytes, the most that torch has allocated during the run on CUDA; elsewhere -
 
-Sampling (--sample N; automatic where no cache takes over a minute): the loop takes all its steps,
-but the network runs in N of those that run everything and in N of the others, evenly spread by
-their arithmetic. The other steps get random logits for two ids, at hardly any cost, and their time
-is interpolated between timed ones of the same kind. Positions and arithmetic are exact.
+Sampling (--sample N; automatic where no cache takes over a minute): the network runs in N of the
+steps that run everything and in N of the others, evenly spread by their arithmetic. The rest get
+random logits for two ids, and their time is interpolated between timed steps of the same kind.
 
 Rivals (--rivals): all runs answer the problems of --ckpt (tiny), batch by batch in turn, and stop
 at EOS. "AR, same size" is the one to beat, made to end where the right answers do. Of an answer:
@@ -92,18 +90,6 @@ def between(a, b):
     b.synchronize()
     return a.elapsed_time(b) / 1000
 
-def peak_memory(device):
-    """-> the most bytes that torch has allocated on CUDA since the last call; elsewhere None."""
-    if device.type != "cuda":
-        return None
-    most = torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    return most
-
-def bandwidth(x):
-    """Bytes per second at which the memory of x is read; item() waits for the device."""
-    return x.nbytes / min(timeit.repeat(lambda: x.sum().item(), repeat=6, number=1))
-
 class Meter:
     """Stands in for a model: counts and times its calls. Given a set of steps, only those run; in
     the others its own config has two ids for the loop, so that two logits a position will do."""
@@ -133,13 +119,14 @@ class Meter:
     def add_up(self, a, b):
         """Seconds between the moments a and b of each step: measured in those that ran, and
         interpolated by their arithmetic in the others of the same kind."""
-        total = 0.0
+        total, ran = 0.0, {*self.ran}
         for kind in {kind for kind, _ in self.calls}:
-            ran = [i for i in self.ran if self.calls[i][0] == kind]
-            arithmetic, times = [self.calls[i][1] for i in ran], [between(a[i], b[i]) for i in ran]
-            known, which = np.unique(arithmetic, return_inverse=True)
-            means = np.bincount(which, times) / np.bincount(which)
-            total += np.interp([w for k, w in self.calls if k == kind], known, means).sum()
+            steps, times = [i for i, (k, _) in enumerate(self.calls) if k == kind], {}
+            for i in ran & {*steps}:
+                times.setdefault(self.calls[i][1], []).append(between(a[i], b[i]))
+            known, rest = sorted(times), [self.calls[i][1] for i in steps if i not in ran]
+            medians = [np.median(times[w]) for w in known]  # so that a stalled step counts once
+            total += sum(map(sum, times.values())) + np.interp(rest, known, medians).sum()
         return float(total)
 
 def spread(calls, n):
@@ -167,9 +154,11 @@ class Bench:
         """Once -> (Meter, figures). steps: those in which the network runs, None: all."""
         meter = Meter(self.same() if how["cache"] == "autoregressive" else self.model, steps)
         order = self.order if how["cache"] == "greedy" else None
-        peak_memory(self.device)
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         r = generate(meter, self.prompts, order=order, **self.shared | how)
-        end, memory = stamp(self.device), peak_memory(self.device)
+        end, memory = stamp(self.device), torch.cuda.max_memory_allocated() if cuda else None
         if not meter.ran:
             return meter, {}
         inside = meter.add_up(meter.entered, meter.left)
@@ -187,16 +176,17 @@ class Bench:
             with contextlib.suppress(ValueError):  # refused: too many tokens a step
                 # an empty set of steps: the network never runs, only to know the steps
                 calls[name] = self.run(how, set())[0].calls
-        for name in (*calls, "none"):  # warms up; the last one tells how long no cache takes
-            two = self.run(todo[name], spread(calls[name], 2))[1]
         if args.sample is None:
-            args.sample = 16 if two["seconds"] > 60 else 0
-        steps = {name: spread(calls[name], args.sample) if args.sample else None for name in calls}
+            two = [self.run(todo["none"], spread(calls["none"], 2))[1]["seconds"] for _ in range(2)]
+            args.sample = 16 if two[1] > 60 else 0  # the first one warms up
+        steps = {name: spread(calls[name], args.sample or 2) for name in calls}
+        for name in calls:  # warms up, with every shape that is timed when sampling
+            self.run(todo[name], steps[name])
         found, rows = {name: [] for name in calls}, []
         turns = [*itertools.product(range(args.repeats), calls)]
         for _, name in (bar := tqdm(turns, unit="run", leave=False, disable=None)):
             bar.set_description("batch {batch}, length {total_length}, ".format(**self.size) + name)
-            found[name].append(self.run(todo[name], steps[name])[1])
+            found[name].append(self.run(todo[name], steps[name] if args.sample else None)[1])
         for name, (first, *others) in found.items():
             mid = {k: float(np.median([v, *(f[k] for f in others)])) if isinstance(v, float) else v
                    for k, v in first.items()}
@@ -214,8 +204,8 @@ def runs(names, window, refresh=None, steps=None):
     """-> {name: settings}, no cache first, and with fewer of these steps. refresh: one of
     dKV-Cache's instead of those in FORMS"""
     found = dict(none=dict(cache="none"))
-    found |= {f"none, 1/{n} of steps": dict(cache="none", steps=steps // n)
-              for n in (2, 4) if steps}
+    found |= {f"none, {name} the steps": dict(cache="none", steps=steps // n)
+              for name, n in (("half", 2), ("a quarter of", 4)) if steps}
     for cache in names:
         forms = FORMS.get(cache, {"": {}})
         if refresh and cache in ("decode", "greedy", "pd"):
@@ -225,12 +215,12 @@ def runs(names, window, refresh=None, steps=None):
     return found
 
 # fields and formats of the tables
-TABLE = dict(run="20", seconds="8.2f", tokens_per_s="12.1f", positions="9,", predicted="9.2f",
+TABLE = dict(run="28", seconds="8.2f", tokens_per_s="12.1f", positions="9,", predicted="9.2f",
              gain="6.2f", ratio="6.2f", times_ar="8.2f", outside="7.1%", floor="5.0%", peak="5.0%",
              memory="14,")
 SCALE = dict(total_length="12", run="20", seconds="9.3f", positions="12,", predicted="9.2f",
              gain="8.2f")
-RIVALS = dict(batch="5", run="22", seconds="9.4f", times_ar="8.2f", tokens_per_s="12.1f",
+RIVALS = dict(batch="5", run="28", seconds="9.4f", times_ar="8.2f", tokens_per_s="12.1f",
               forwards="8.1f", guider="6.1f", exact="6.1%")
 
 def line(columns, row=None):
@@ -294,11 +284,11 @@ def table(args, device):
     model, how = prepare(args, device, args.preset or "42m", [(P, G)], batch=B, prompt_len=P,
                          gen_length=G, steps=steps, block_length=L)
     cuda = device.type == "cuda"
-    speed = bandwidth(torch.ones(2**30 if cuda else 2**26, device=device))
+    x = torch.ones(2**30 if cuda else 2**26, device=device)
+    speed = x.nbytes / min(timeit.repeat(lambda: x.sum().item(), repeat=6, number=1))
     peak = matmul_peak(device, model.wte.weight.dtype, 8192 if cuda else 2048)
     print(f"memory is read at {speed / 1e9:.1f} GB/s; matrix products do {peak / 1e9:,.0f} GFLOP/s",
           flush=True)
-
     fewer = steps if not (args.caches or args.refresh) else None
     todo = runs(args.caches or CACHES, args.window, args.refresh, fewer)
     rows = Bench(model, B, P, G, steps, L).compare(todo, args)
@@ -322,8 +312,7 @@ def scale(args, device):
     sizes, found = [(T // 4, T - T // 4) for T in lengths], []
     model, how = prepare(args, device, args.preset or "42m", sizes, batch=B)
     print("the prompt is a quarter of the total length, a step generates a token, blocks of "
-          "32 where that divides the rest; "
-          f"{said(args.sample)}\n\n{line(SCALE)}")
+          f"32 where that divides the rest; {said(args.sample)}\n\n{line(SCALE)}")
     for P, G in sizes:
         todo = runs(args.caches or ("decode", "greedy", "dual", "local"), args.window,
                     args.refresh or 8)
@@ -336,9 +325,9 @@ def rivals(args, device):
     _, how = prepare(args, device, None, [], model, guider=args.guider, n=args.n)
     same, left, found, G = same_size(model), [], [], model.extra["gen_length"]
     guider.extra = same.extra = model.extra
-    ar, guided, sure = (dict(cache="autoregressive"), dict(cache="guided", guider=guider),
-                        dict(threshold=0.99))
-    todo = {"AR, same size": ar | dict(model=same), "AR, the guider": ar | dict(model=guider)}
+    guided, sure = dict(cache="guided", guider=guider), dict(threshold=0.99)
+    todo = {name: dict(cache="autoregressive", model=causal)
+            for name, causal in (("AR, same size", same), ("AR, the guider", guider))}
     todo |= runs(("decode", "greedy", "local", "dual", "freecache"), args.window, 8, G)
     todo["greedy 8"]["remasking"] = model.extra["known_order"]
     todo |= {"none, threshold 0.99": sure, "local, threshold 0.99": sure | dict(cache="local"),
@@ -423,6 +412,8 @@ def main(argv=None):
         mode, idle = rivals, (*lengths, "caches", "refresh", "sample", "dtype")
         args.ckpt, args.n = args.ckpt or "tiny", args.n or 100
         args.guider = args.guider or "guider"
+    elif args.rivals:
+        print("without a text: thresholds and guided, which depend on it, are left out")
     for name in idle:
         if getattr(args, name) not in (None, "auto"):
             raise ValueError(f"--{name.replace('_', '-')} has no effect here: leave it out")

@@ -7,9 +7,8 @@ python scripts/convert.py DIR --out my.pt  a folder: config.json, *.safetensors,
                                            or vocab.json and merges.txt
 
 Needs safetensors, and huggingface_hub to fetch: python -m pip install -r requirements-llada.txt.
-Only data is read: no code of the repository runs. The file is laid out first and then filled piece
-by piece, so 16 GB of weights need not fit into memory. It gets its name after all of it is written
-and read back.
+Only data is read: no code of the repository runs. The file is filled piece by piece, so 16 GB of
+weights need not fit into memory, and gets its name after it is written and read back.
 """
 import argparse
 import contextlib
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from model import Config, DiffusionLM, load, stored  # noqa: E402
-from scripts.hf_tokenizer import from_folder, read_file  # noqa: E402
+from scripts.hf_tokenizer import from_folder, need, read_file  # noqa: E402
 from support.checkpoint import FORMAT, first_line, read  # noqa: E402
 from support.cli import ROOT, Parser, check_out, launch  # noqa: E402
 
@@ -39,29 +38,14 @@ HUB = {"llada": "GSAI-ML/LLaDA-8B-Instruct", "llada-base": "GSAI-ML/LLaDA-8B-Bas
 SIZES = dict(zip(HUB.values(), 4 * [16.1e9] + 2 * [15.3e9] + [1e9, 3.1e9, 15.3e9]))  # in bytes
 INSTALL = "python -m pip install -r requirements-llada.txt"
 PIECE = 2**26  # bytes that are in memory at a time
+# {family: its table}. What a table lacks is as in that of the family that it is like
+FAMILIES = read_file(os.path.join(ROOT, "scripts", "families.json"))
+for table in FAMILIES.values():
+    for key, value in FAMILIES.get(table.get("like"), {}).items():
+        own = table.get(key, value)
+        table[key] = value | own if isinstance(value, dict) else own
 
-def read_families():
-    """-> {family: its table}. What a table lacks is as in that of the family that it is like."""
-    found = read_file(os.path.join(ROOT, "scripts", "families.json"))
-    for table in found.values():
-        for key, value in found.get(table.get("like"), {}).items():
-            own = table.get(key, value)
-            table[key] = value | own if isinstance(value, dict) else own
-    return found
-
-FAMILIES = read_families()
-
-# -------------------------------------------------------------------------------------------------
 # config.json
-
-def find_family(path, c):
-    """-> one of FAMILIES. A config without a model_type is known by the class of its network."""
-    kind, classes = c.get("model_type"), f"{c.get('architectures')} {c.get('auto_map')}"
-    for family, table in FAMILIES.items():
-        if kind in table["only"]["model_type"] or not kind and table["architecture"] in classes:
-            return family
-    raise ValueError(f"{path}: model_type is {kind!r:.80}, and only these families can be "
-                     f"converted: {', '.join(FAMILIES)}")
 
 def config_of(c, table):
     """The settings of a config.json -> Config. LLaDA's names are read, others are renamed first."""
@@ -80,11 +64,15 @@ def config_of(c, table):
 def read_config(path):
     """config.json -> (one of FAMILIES, Config, notes about unknown settings). ValueError if our
     network cannot have such a setting."""
-    c = read_file(path)
-    if not isinstance(c, dict):
-        raise ValueError(f"{path} is not a JSON object")
+    c = need(read_file(path), path, dict)
     c = {name: value for name, value in c.items() if value is not None}
-    family = find_family(path, c)
+    kind, classes = c.get("model_type"), f"{c.get('architectures')} {c.get('auto_map')}"
+    # a config without a model_type is known by the class of its network
+    family = next((name for name, table in FAMILIES.items() if (
+        kind in table["only"]["model_type"] if kind else table["architecture"] in classes)), None)
+    if not family:
+        raise ValueError(f"{path}: model_type is {kind!r:.80}, and only these families can be "
+                         f"converted: {', '.join(FAMILIES)}")
     # only: settings that the network does not have, and the values that mean just that. harmless:
     # about training, initialization, speed, or for Hugging Face's own code
     only, needed, types, harmless = (FAMILIES[family][key] for key in (
@@ -96,7 +84,7 @@ def read_config(path):
                              f"{' or '.join(map(repr, good)) or 'none'}")
     if lacking := [name for name in needed if name not in c]:
         raise ValueError(f"{path} lacks {lacking[0]}, which a {family} has (its model_type is "
-                         f"{c.get('model_type')!r:.80})")
+                         f"{kind!r:.80})")
     for name, kinds in types.items():
         if name in c and type(c[name]).__name__ not in kinds:
             raise ValueError(f"{path}: {name} is {c[name]!r:.80}, expected {' or '.join(kinds)}")
@@ -107,19 +95,16 @@ def read_config(path):
         if re.search("rope|rotary", name) and any(usual.get(k, ...) != v for k, v in said):
             raise ValueError(f"{path}: {name} is {c[name]!r:.80}, and of the rotary settings only "
                              "rope_theta, a number beside it, is read")
-    if len({c[name] for name in ("weight_tying", "tie_word_embeddings")
-            if name in c and name in types}) > 1:
+    if len({c[name] for name in {"weight_tying", "tie_word_embeddings"} & c.keys() & {*types}}) > 1:
         raise ValueError(f"{path}: weight_tying and tie_word_embeddings contradict each other")
     config = config_of(c, FAMILIES[family])
-    fault = config.fault()
-    if not fault and c.get("head_dim", config.head_dim) != config.head_dim:
-        fault = f"head_dim is {c['head_dim']}, and this network has only width / heads"
-    if fault:
+    if fault := config.fault():
         raise ValueError(f"{path}: {fault}")
+    if c.get("head_dim", config.head_dim) != config.head_dim:
+        raise ValueError(f"{path}: head_dim is {c['head_dim']}, and is only width / heads here")
     return family, config, [f"{path}: the unknown setting {name} = {c[name]!r:.80} is ignored"
                             for name in unknown]
 
-# -------------------------------------------------------------------------------------------------
 # the tensors: beware, LLaDA's ff_out is the head at the top and the MLP's last matrix in a block
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -148,19 +133,17 @@ def opened(path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
-        damaged = "cannot be read" if isinstance(e, OSError) else "is truncated or damaged"
-        raise ValueError(f"{path} {damaged}: {first_line(e)}") from None
+        raise ValueError(f"{path} is cut, damaged or not readable: {first_line(e)}") from None
 
 def find_shards(folder):
     """-> {path of a file: the tensors that it has}"""
     index, single = (os.path.join(folder, f"model.safetensors{end}") for end in (".index.json", ""))
     if os.path.exists(index):
-        doc, shards = read_file(index), {}
-        files = doc.get("weight_map") if isinstance(doc, dict) else None
-        if not isinstance(files, dict) or not all(
-                isinstance(f, str) and os.path.basename(f) == f for f in files.values()):
-            raise ValueError(f"{index} is damaged: its weight_map does not name files")
+        where, shards = f"{index}: weight_map", {}
+        files = need(need(read_file(index), index, dict).get("weight_map"), where, dict)
         for name, file in files.items():
+            if os.path.basename(need(file, where, str)) != file:
+                raise ValueError(f"{where} has {file!r:.80}, which is not the name of a file")
             shards.setdefault(os.path.join(folder, file), []).append(name)
     elif os.path.exists(single):
         with opened(single) as f:
@@ -171,10 +154,11 @@ def find_shards(folder):
         raise ValueError(f"the shard {missing[0]} is missing: fetch it again")
     return shards
 
-def match_names(held, names):
-    """Check that the files have the tensors of the network and no others."""
-    given = {names[name] for name in held if name in names}
-    extra = sorted(held - names.keys())
+def check_headers(shards, names, shapes):
+    """Check that the files have the tensors of the network and no others, with its shapes
+    -> {their name: stored dtype}"""
+    held, dtypes = {name for tensors in shards.values() for name in tensors}, {}
+    given, extra = {names[name] for name in held & names.keys()}, sorted(held - names.keys())
     missing = sorted(name for name, ours in names.items() if ours not in given)
     if extra and missing:
         # a wrapper that trained the model puts its own prefix before every name
@@ -187,11 +171,6 @@ def match_names(held, names):
     if extra or missing:
         raise ValueError(f"the files have {len(extra)} tensors too many: {extra[0]}" if extra else
                          f"the files lack {len(missing)} tensors: {missing[0]}")
-
-def check_headers(shards, names, shapes):
-    """Compare the headers of the shards with the network's shapes. -> {their name: stored dtype}"""
-    match_names({name for tensors in shards.values() for name in tensors}, names)
-    dtypes = {}
     for path, tensors in shards.items():
         with opened(path) as f:
             for name in tensors:
@@ -204,7 +183,6 @@ def check_headers(shards, names, shapes):
                 dtypes[name] = DTYPES[part.get_dtype()]
     return dtypes
 
-# -------------------------------------------------------------------------------------------------
 # the file
 
 def amount(size):
@@ -230,7 +208,6 @@ def only_one(out):
     process that is killed. -> whether another process has written `out` meanwhile"""
     def written():
         return os.path.exists(out) and os.stat(out).st_mtime_ns
-
     lock, before = FileLock(f"{out}.lock"), written()
     try:
         lock.acquire(timeout=0)
@@ -347,11 +324,11 @@ def convert(source, out, dtype=None, name=None):
     dtypes = check_headers(shards, names, shapes)
     dtype = dtype or next(d for name, d in dtypes.items() if names[name] == "wte.weight")
     weights = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
-    size = sum(w.nbytes for w in weights.values())
-    print(f"{len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} parameters, "
-          f"{str(dtype)[6:]}, {amount(size)} -> {out}")
+    size, own = sum(w.nbytes for w in weights.values()), str(dtype)[6:]
+    print(f"{len(weights)} tensors, {size // dtype.itemsize:,} parameters, {own}, {amount(size)} "
+          f"-> {out}")
     if mixed := sorted(str(d)[6:] for d in set(dtypes.values()) - {dtype}):
-        more.append(f"tensors stored as {', '.join(mixed)} are written as {str(dtype)[6:]}")
+        more.append(f"tensors stored as {', '.join(mixed)} are written as {own}")
     for note in notes + more:
         print(f"note: {note}")
     data = {"format": FORMAT, "config": dataclasses.asdict(config), "weights": weights,
@@ -359,8 +336,7 @@ def convert(source, out, dtype=None, name=None):
     temp = f"{out}.converting"
     with only_one(out) as written:
         if written:
-            print(f"{out} was written by the other process")
-            return
+            return print(f"{out} was written by the other process")
         try:
             if os.path.exists(temp):  # of a process that was killed
                 os.remove(temp)
@@ -376,7 +352,6 @@ def convert(source, out, dtype=None, name=None):
             if os.path.exists(temp):
                 os.remove(temp)
 
-# -------------------------------------------------------------------------------------------------
 # the real ones, to compare a tokenizer with. LLaDA's special tokens in families.json are those of
 # its tokenizer_config.json, and the texts were spelled by other people's copies. iLLaDA's are
 # inventions for the stand-in, and nothing is compared with them
@@ -411,15 +386,13 @@ def check_known(tokenizer, config, table):
              for text, ids in spelled.items() if found[text] != ids]
     n, unmerged = len(tokenizer.ranks), len(tokenizer.unmerged)
     if n + unmerged != texts or len(special) != len(expected):
-        notes.append(f"the tokenizer has {n + unmerged:,} tokens of text ({unmerged:,} of them are "
-                     f"never made) and {len(special)} special ones, expected {texts:,} and "
-                     f"{len(expected)}")
+        notes.append(f"the tokenizer has {n + unmerged:,} tokens of text and {len(special)} "
+                     f"special ones, expected {texts:,} and {len(expected)}")
     print(f"tokenizer: {n:,} tokens spell text; {right} of {len(expected)} special ids and "
           f"{len(spelled) - len(other)} of {len(spelled)} texts are as expected; "
           f"with{'out' * base} headers of a chat")
     return notes + other
 
-# -------------------------------------------------------------------------------------------------
 # fetching
 
 def ask_user():
@@ -474,15 +447,14 @@ def main(argv=None):
     p.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: as stored")
     p.add_argument("--ask", action="store_true", help="ask before fetching (sample.py gives this)")
     args = p.parse_args(argv)
-    source, out = args.source, args.out
+    source = args.source
     hub = HUB.get(source) or (None if os.path.isdir(source) else source)
     if hub == source and (not re.fullmatch(r"[\w.-]+/[\w.-]+", hub)
                           or os.path.isdir(hub.split("/")[0])):
         raise ValueError(f"there is no folder {source}: give one, or {', '.join(HUB)}, or the id "
                          "of a repository on huggingface.co")
-    if out is None:
-        name = os.path.basename(os.path.normpath(source))
-        out = os.path.join(ROOT, "checkpoints", f"{name}.pt")
+    name = os.path.basename(os.path.normpath(source))
+    out = os.path.join(ROOT, "checkpoints", f"{name}.pt") if args.out is None else args.out
     room(os.path.abspath(out), 0)  # makes its folder
     check_out(out, only="checkpoint")
     folder = fetch(hub, out, args.ask) if hub else source

@@ -1,7 +1,6 @@
 """Write a folder like LLaDA-8B's on Hugging Face, or another family's, with random weights: the
 real names and config.json, LLaDA's real division into files, and a stand-in tokenizer with the real
-special tokens (iLLaDA's are invented). It is for trying the way to `sample.py --ckpt` before
-fetching 16 GB.
+special tokens (iLLaDA's are invented): the way to `sample.py --ckpt` without fetching 16 GB.
 
 python scripts/fake_hub.py fake                     2 layers of width 64, 33 MB
 python scripts/convert.py fake --out fake.pt
@@ -54,10 +53,9 @@ def write_shard(path, shapes, g, bar):
     with open(path, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
-            if len(shape) == 1 and name.endswith("weight"):
-                tensor = torch.ones(shape, dtype=torch.bfloat16)
-            else:
-                tensor = torch.randn(shape, generator=g, dtype=torch.bfloat16).mul_(0.02)
+            norm = len(shape) == 1 and name.endswith("weight")
+            tensor = torch.ones(shape, dtype=torch.bfloat16) if norm else (
+                torch.randn(shape, generator=g, dtype=torch.bfloat16).mul_(0.02))
             for part in tensor.flatten().split(2**25):
                 f.write(part.view(torch.uint8).numpy().data)
                 bar.update(part.nbytes)
@@ -137,11 +135,11 @@ def main(argv=None):
     table = FAMILIES[args.family]
     config = config_of(table["config"], table)
     check_bounds(args, layers=(1, 1000), seed=(0, 2**63 - 1), vocab=(256, table["texts"]))
-    kv_heads = max(1, args.heads * config.n_kv_head // config.n_head)
     if not args.full:
+        share = max(1, args.heads * config.n_kv_head // config.n_head)
         config = dataclasses.replace(
             config, n_layer=args.layers, n_head=args.heads, n_embd=args.width,
-            n_kv_head=kv_heads if args.kv_heads is None else args.kv_heads,
+            n_kv_head=share if args.kv_heads is None else args.kv_heads,
             n_ff=3 * args.width if args.mlp is None else args.mlp,
             qkv_bias=args.qkv_bias or config.qkv_bias)
     if fault := config.fault():

@@ -7,12 +7,10 @@ python scripts/figures.py --measure --n 20 --dir /tmp/try    the same in small, 
 watch    what each step runs and decodes, no cache beside Decode and Greedy, one problem
 settle   how keys and values change around their token's decoding, and how cached ones drift
 length   bench.py --scale; measure it on an idle machine
-quality  right answers of every run on the same problems, in processes; resumes after a kill
 rivals   bench.py --rivals with --guider (guider), at most 100 problems; on an idle machine too
 """
 import contextlib
 import io
-import itertools
 import json
 import os
 import sys
@@ -25,13 +23,13 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from dkv_min import KVCache, generate
 from scripts import bench
-from scripts.accuracy import NEVER, collect, load_problems, parser, settings, wilson
+from scripts.accuracy import NEVER, load_problems, parser, settings
 from support.checkpoint import atomic_write, first_line
-from support.cli import ROOT, check_bounds, check_out, launch
+from support.cli import ROOT, check_bounds, check_out, launch, pick_device
 from support.evaluate import encode
 from support.watch import MARKS, marks_of
 
-PARTS = ("watch", "settle", "length", "quality", "rivals")
+PARTS = ("watch", "settle", "length", "rivals")
 BEFORE, AFTER = 8, 16  # steps around the decoding
 
 def measure_watch(model, tokenizer, ids):
@@ -113,30 +111,6 @@ def measure_settle(model, prompts):
     return dict(prompts=len(prompts), **{
         name: means(*found) for name, *found in zip(("similar", "delay", "no delay"), parts, keys)})
 
-def quality_runs(model):
-    """-> settings of every point; steps as a share of the tokens."""
-    G, L, known = (model.extra.get(name, "random")
-                   for name in ("gen_length", "block_length", "known_order"))
-    blocks = G // L  # of which steps have to be a multiple
-    share = {k: max(1, round(G / k / blocks)) * blocks / G for k in (2, 3, 4, 8)}
-    found = [dict(cache="none", remasking=order, steps=s)
-             for order in ("low_confidence", known) for s in (1, *share.values())]
-    decode = dict(cache="decode", remasking="low_confidence")
-    found += [dict(**decode, refresh=8, steps=share[k]) for k in (2, 4)]
-    for r, delay in itertools.product((2, 4, 8, NEVER), (True, False)):
-        if r < L or r == NEVER:
-            greedy = dict(cache="greedy", remasking=known, refresh=r)
-            found += [dict(**decode, refresh=r, delay=delay),
-                      *(dict(**greedy, window=w, delay=delay) for w in (4, 0))]
-    return found
-
-def measure_quality(model, args, log):
-    runs, n = quality_runs(model), args.n
-    rows = [dict(how=how, right=sum(a["right"]), n=n, positions=a["ran"] / n,
-                 fewer=round(a["full"] / a["ran"], 3))
-            for how, a in zip(runs, collect(args, runs, log, repr(runs)))]
-    return dict(n=n, gen_length=model.extra["gen_length"], rows=rows)
-
 def measure_bench(*flags):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         bench.main([*flags])
@@ -158,7 +132,7 @@ def write_numbers(path, numbers):
 
 def measure(args):
     """Measures the parts that are named, or all that the file lacks; each is saved at once."""
-    path, log = (os.path.join(args.dir, name) for name in ("figures.json", "quality.log"))
+    path = os.path.join(args.dir, "figures.json")
     check_out(path, "--dir")
     model, tokenizer = load_problems(args)
     about = dict(ckpt=os.path.basename(args.ckpt), weights=args.weights, n=args.n)
@@ -166,20 +140,17 @@ def measure(args):
     if (found := numbers.setdefault("about", about)) != about:
         raise ValueError(f"{path} has the numbers of {found['ckpt']} with --n {found['n']}: give "
                          "the same ones or another --dir, or delete it")
-    problems = model.extra["problems"][:args.n]
-    prompts = [encode([question], tokenizer, model.extra) for question, _ in problems]
+    prompts = [encode([question], tokenizer, model.extra)
+               for question, _ in model.extra["problems"][:min(args.n, 50)]]
     ways = dict(watch=(measure_watch, model, tokenizer, prompts[0]),
-                settle=(measure_settle, model, prompts[:50]),
+                settle=(measure_settle, model, prompts),
                 length=(measure_bench, "--scale", "--device", args.device),
                 rivals=(measure_bench, "--rivals", "--device", args.device, "--ckpt", args.ckpt,
-                        "--guider", args.guider, "--n", str(min(args.n, 100))),
-                quality=(measure_quality, model, args, log))
+                        "--guider", args.guider, "--n", str(min(args.n, 100))))
     for name in args.measure or [name for name in PARTS if name not in numbers]:
         how, *given = ways[name]
         numbers[name] = how(*given)
         write_numbers(path, numbers)
-        if name == "quality":
-            os.remove(log)  # its sums are saved
     print(f"{path}: {', '.join(name for name in PARTS if name in numbers)}")
     return 0
 
@@ -239,43 +210,6 @@ def draw_settle(plt, part):
     fig.tight_layout()
     return fig
 
-SERIES = (("no cache", dict(cache="none"), BLACK, "s", "-"),
-          ("Decode", dict(cache="decode", delay=True, steps=1), BLUE, "o", "-"),
-          ("Decode, no delay", dict(cache="decode", delay=False), BLUE, "o", ":"),
-          ("Decode, refresh 8", dict(cache="decode", delay=True, refresh=8), GREEN, "D", "-"),
-          *((f"Greedy, window {w}{name}", dict(cache="greedy", delay=delay, window=w), *look, line)
-            for delay, name, line in ((True, "", "-"), (False, ", no delay", ":"))
-            for w, *look in ((4, BLUE, "o"), (0, ORANGE, "^"))))
-
-def series(rows, order, G):
-    """-> [(label, rows, colour, marker, line)] of the runs in this order."""
-    for name, how, *look in SERIES:
-        how, given = dict(remasking=order, **how), dict(delay=True, steps=1)
-        if mine := [row for row in rows if how.items() <= (given | row["how"]).items()]:
-            mine.sort(key=lambda row: row["fewer"])
-            steps = ", ".join(str(round(G * row["how"].get("steps", 1))) for row in mine)
-            refresh = ", ".join(str(row["how"].get("refresh")) for row in mine)
-            refresh = f"{name}, refresh {refresh}".replace(str(NEVER), "never")
-            yield f"{name}, {steps} steps" if "steps" in mine[-1]["how"] else refresh, mine, *look
-
-def draw_quality(plt, quality):
-    G, known = quality["gen_length"], quality["rows"][-1]["how"]["remasking"]
-    fig, axes = plt.subplots(1, 2, figsize=(9, 5.2), sharey=True)
-    for ax, order in zip(axes, ("low_confidence", known)):
-        for label, rows, colour, marker, line in series(quality["rows"], order, G):
-            share, low, high = np.array([wilson(row["right"], row["n"], z=1) for row in rows]).T
-            ax.errorbar([row["fewer"] for row in rows], share, label=label, color=colour, ls=line,
-                        yerr=np.clip([share - low, high - share], 0, None), marker=marker,
-                        mfc="white" if line == ":" else colour, capsize=2)
-        stretch(plt, ax)
-        ax.set_xlabel(f"times fewer positions run than none in {G} steps")
-        ax.set_title("Decoded " + order.replace("low_", "by ").replace("_", " "), loc="left")
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8.5)
-    axes[0].set_ylabel("answers right (%), stretched")
-    fig.suptitle(f"{quality['n']} problems a point, bars: one standard error")
-    fig.tight_layout()
-    return fig
-
 def draw_rivals(plt, part):
     fig, axes = plt.subplots(1, 2, figsize=(9, 4.8), sharey=True, layout="constrained")
     colours = dict(AR=RED, none=BLACK, decode=BLUE, greedy=SKY, local=GREEN, dual=GREY,
@@ -287,8 +221,12 @@ def draw_rivals(plt, part):
             colour = colours[row["run"].split()[0].strip(",")]
             ax.plot(row["tokens_per_s"], 100 * row["exact"], marker, ms=7, color=colour,
                     label=row["run"], clip_on=False)
-        stretch(plt, ax)
-        ax.set(xlabel="tokens per second", title=f"batch {B}")
+        # shares of which losses are seen best close to 100
+        ax.set_yscale("function", functions=(
+            lambda y: -np.log10(np.maximum(101 - y, 1e-9)), lambda v: 101 - 10**-v))
+        ax.set(xlabel="tokens per second", title=f"batch {B}", xscale="log", ylim=(-15, 100.2),
+               yticks=[0, 50, 80, 90, 95, 98, 99, 100])
+        plain_ticks(plt, ax.xaxis)
     axes[0].set_ylabel("answers right (%), stretched")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
     fig.suptitle(conditions(part, "model", "device", "threads", "dtype", "n"))
@@ -297,13 +235,6 @@ def draw_rivals(plt, part):
 def conditions(part, *names):
     how = part["conditions"]
     return ", ".join(f"{name} {how[name]}" for name in names if name in how)
-
-def stretch(plt, ax):
-    """Shares in percent, of which losses are seen best close to 100, over a logarithmic axis."""
-    ax.set_yscale("function", functions=(
-        lambda y: -np.log10(np.maximum(101 - y, 1e-9)), lambda v: 101 - 10**-v))
-    ax.set(xscale="log", yticks=[0, 50, 80, 90, 95, 98, 99, 100], ylim=(-15, 100.2))
-    plain_ticks(plt, ax.xaxis)
 
 def plain_ticks(plt, axis):
     axis.set_major_locator(plt.LogLocator(subs=(1, 2, 3, 5)))
@@ -379,7 +310,6 @@ def draw_watch(plt, watch):
     return frames
 
 PICTURES = {"map.png": (draw_map, "watch"), "settle.png": (draw_settle, "settle"),
-            "quality.png": (draw_quality, "quality"),
             "length.png": (draw_length, "length"), "rivals.png": (draw_rivals, "rivals"),
             "watch.gif": (draw_watch, "watch")}
 
@@ -395,12 +325,12 @@ def draw(args):
         raise ValueError("drawing needs matplotlib: install requirements-figures.txt") from None
     plt.switch_backend("Agg")
     plt.rcParams.update(STYLE)
-    for name, (how, *parts) in PICTURES.items():
-        path, lacking = os.path.join(args.dir, name), [p for p in parts if p not in numbers]
-        if lacking:
-            print(f"{path}: not drawn, because it needs --measure {' '.join(lacking)}")
+    for name, (how, part) in PICTURES.items():
+        path = os.path.join(args.dir, name)
+        if part not in numbers:
+            print(f"{path}: not drawn, because it needs --measure {part}")
             continue
-        fig = how(plt, *(numbers[part] for part in parts))
+        fig = how(plt, numbers[part])
         if name.endswith(".gif"):
             # one palette for all, so that a frame is stored as what has changed
             palette = fig[len(fig) // 3].quantize(32, Image.Quantize.MAXCOVERAGE, kmeans=3)
@@ -423,7 +353,8 @@ def main(argv=None):
     p.add_argument("--guider", default="guider", help="of rivals (guider)")
     p.add_argument("--dir", default=os.path.join(ROOT, "assets"), help="of figures.json (assets)")
     args = p.parse_args(argv)
-    check_bounds(args, n=1, batch_size=1, workers=1)
+    check_bounds(args, n=1)
+    pick_device(args.device)  # one that is not there is refused even for drawing
     return draw(args) if args.measure is None else measure(args)
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ that does not come out is right as well, unless its bytes end as two tokens, whi
 would join in the middle of a piece.
 """
 import functools
+import itertools
 import json
 import os
 import sys
@@ -124,11 +125,6 @@ def total(pattern):
             return f"{pattern}|(?:(?!{pattern})[\\s\\S])+"
     return pattern
 
-def overlap(a, b):
-    """Whether one is within the other, or the end of one is the begin of the other."""
-    lengths = range(1, min(len(a), len(b)))
-    return a in b or b in a or any(a.endswith(b[:k]) or b.endswith(a[:k]) for k in lengths)
-
 def read_added(tokens, nfc):
     """-> {text: id} of the tokens that are cut out of a text before anything else"""
     where, added, kinds = "added_tokens", {}, {False: [], True: []}
@@ -142,8 +138,9 @@ def read_added(tokens, nfc):
         kinds[bool(token.get("normalized"))].append(content)
     if nfc and kinds[True]:
         refuse(f"{where}.normalized beside a normalizer", kinds[True][:3])
-    for a in kinds[True]:  # Hugging Face looks for these last
-        if any(overlap(a, b) for b in kinds[False]):
+    for a, b in itertools.product(kinds[True], kinds[False]):  # Hugging Face looks for a last
+        lengths = range(1, min(len(a), len(b)))
+        if a in b or b in a or any(a.endswith(b[:k]) or b.endswith(a[:k]) for k in lengths):
             refuse("an added token that is normalized and overlaps one that is not", a)
     return added
 
@@ -169,15 +166,12 @@ def build(vocab, merges, added, pattern, nfc, prefix_space, ignore_merges=False)
     if lacking := [f"0x{b:02x}" for letter, b in LETTERS.items() if letter not in vocab]:
         refuse("the list of single bytes without a token", lacking)
     rank = {}
-    for pair in merges:
-        if [*map(type, pair)] != [str, str]:
-            refuse("a merge", pair)
-        a, b = pair
-        if not {a, b, a + b} <= vocab.keys():
-            refuse("a merge of tokens that are not in the vocabulary", [a, b])
-        if (a, b) in rank or not set(a + b) <= LETTERS.keys():
-            refuse("a merge that is there twice or is not of bytes", [a, b])
-        rank[a, b] = len(rank)
+    for pair in map(tuple, merges):
+        if [*map(type, pair)] != [str, str] or not {*pair, "".join(pair)} <= vocab.keys():
+            refuse("a merge that is not of two tokens in the vocabulary", pair)
+        if pair in rank or not set("".join(pair)) <= LETTERS.keys():
+            refuse("a merge that is there twice or is not of bytes", pair)
+        rank[pair] = len(rank)
     # the check of every token. Of several ways to make a token one is taken, and its rank counts
     made = dict.fromkeys(a + b for a, b in rank)
     if ignore_merges:
@@ -197,7 +191,6 @@ def build(vocab, merges, added, pattern, nfc, prefix_space, ignore_merges=False)
     def in_bytes(tokens):
         return {bytes(LETTERS[c] for c in t) if set(t) <= LETTERS.keys() else t.encode(): i
                 for t, i in tokens.items()}
-
     return Tokenizer(in_bytes(ranks), total(pattern), added, in_bytes(unmade), nfc, prefix_space)
 
 def from_json(doc):

@@ -1,5 +1,6 @@
 """Models and processes for the tests. All are hermetic: small weights, no network, CPU."""
 import functools
+import json
 import os
 import pathlib
 import signal
@@ -14,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).parent.parent
+REFUSED = json.loads((ROOT / "tests" / "refused.json").read_text(encoding="utf-8"))
 sys.path.insert(0, str(ROOT))  # so that `python -m pytest` works from anywhere
 
 from model import Config, DiffusionLM, save  # noqa: E402

@@ -17,18 +17,9 @@ import sys
 
 import numpy as np
 
-SETS = {"golden": "cases.json", "golden_dream": "cases.json", "golden_neighbours": "cases.json",
-        "golden_flash": "cases.json", "our_reading": "cases_entropy_reading.json"}
-MODELS = {"llada": "golden/llada-tiny", "dream": "golden_dream/dream-tiny"} | {
-    name: f"golden_flash/{name}" for name in ("dream-tiny", "dream-toy", "qwen-toy")}
-CACHES = {"baseline": "none", "window_diffusion": "window", "entropy_cache": "entropy",
-          "decoded": "decode", "assisted": "guided", "speculative": "guided"}
-SAME = ("gen_length", "block_length", "steps", "threshold", "cfg_scale", "tau", "recent", "window",
-        "top_p", "top_k")
-NAMES = {"cache_reloading_step": "refresh", "refresh_cycle": "refresh", "window_size": "window",
-         "window_tokens": "window", "active_tokens": "active", "cache_steps": "refresh",
-         "max_new_tokens": "gen_length"} | {name: name for name in SAME}
-ORDERS = {"maskgit_plus": "low_confidence", "topk_margin": "margin", "entropy": "entropy"}
+# whose files, which models, and our names of caches, settings and orders
+TRACES = json.loads(pathlib.Path(__file__).with_name("texts.json").read_text())["traces"]
+SETS, MODELS, CACHES, NAMES, ORDERS = TRACES.values()
 
 def settings(c):
     """generate's settings"""

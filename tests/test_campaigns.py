@@ -11,8 +11,8 @@ pytest.importorskip("resource", reason="the campaigns are for Linux")
 from campaigns import fuzz, kills  # noqa: E402
 
 @pytest.mark.parametrize("name, n", [
-    ("generate", 20), ("checkpoints", len(fuzz.KINDS)), ("converter", 3), ("commands", 8),
-    ("prompts", 30), *((kind, 1) for kind in kills.COMMANDS)])
+    ("generate", 10), ("checkpoints", len(fuzz.KINDS)), ("converter", 3), ("commands", 4),
+    ("prompts", 10), *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in kills.COMMANDS)])
 def test_a_slice(name, n, capfd):
     """Not the cases of the full campaigns' seed. The whole: python tests/campaigns/fuzz.py NAME"""
     if name in ("converter", "converting"):

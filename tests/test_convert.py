@@ -6,14 +6,13 @@ import pathlib
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 import types
 
 import pytest
 import torch
-from conftest import ROOT, ended, fork, forked
+from conftest import REFUSED, ROOT, ended, fork, forked, start
 from filelock import FileLock
 
 import scripts.convert as c
@@ -28,15 +27,10 @@ from support.tokenizer import Tokenizer
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the converter's tests need the "
                                   "packages of requirements-llada.txt")
-CONVERT, INDEX = str(ROOT / "scripts" / "convert.py"), "model.safetensors.index.json"
-REFUSED = json.loads((ROOT / "tests" / "refused.json").read_text(encoding="utf-8"))
+INDEX = "model.safetensors.index.json"
 MAINS = {"convert.py": c.main, "fake_hub.py": fake}
 TEXTS = json.loads((ROOT / "tests" / "texts.json").read_text(encoding="utf-8"))
-LLADA = c.FAMILIES["llada"]
-OTHERS = {
-    "illada": dict(mask_id=5, eos_id=1, eot_id=13, n_vocab=314, n_kv_head=1, tied=True),
-    "dream": dict(mask_id=151666, eos_id=151643, eot_id=151645, n_vocab=151667, shift=True),
-    "qwen2": dict(mask_id=151665, eos_id=151645, eot_id=151643, tied=True, causal=True)}
+LLADA, OTHERS = c.FAMILIES["llada"], TEXTS["families"]
 
 def edit(path, **values):
     """Set fields of a JSON file. "absent" removes one."""
@@ -89,13 +83,11 @@ def small(small_dir, tmp_path):
 
 @pytest.fixture
 def hub(small, tmp_path, monkeypatch):
-    """huggingface_hub's own folder as after fetching Instruct, without a network. -> the snapshot,
-    the environment of processes that see it"""
+    """huggingface_hub's own folder as after fetching Instruct, without a network."""
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return snapshot(small, tmp_path, "GSAI-ML--LLaDA-8B-Instruct"), {
-        "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    return snapshot(small, tmp_path, "GSAI-ML--LLaDA-8B-Instruct")
 
 def snapshot(folder, tmp_path, name):
     repo = tmp_path / "hf" / "hub" / f"models--{name}"
@@ -135,7 +127,7 @@ def test_from_the_stand_in_to_an_answer(llada_dir, tmp_path):
         assert getattr(model.config, name) == getattr(LLADA_8B, name)
     assert model.extra == {"gen_length": 128, "block_length": 32, "chat": "llada"}
     assert model.wte.weight.dtype == torch.bfloat16 and same_weights(model, llada_dir)
-    _, said, _ = forked(1, "sample.py", "--ckpt", out, "--prompt", "Hello", "--gen-length", 4,
+    _, said, _ = forked(1, "sample.py", "--ckpt", out, "--prompt", " Hello ", "--gen-length", 4,
                         "--block-length", 4, "--json")
     o, chat = json.loads(said[0]), list(LLADA["chat"])[0]
     assert o["prompt_ids"] == tokenizer.encode(
@@ -245,28 +237,27 @@ def test_configs_of_other_families(family, changes, words, tmp_path):
         assert c.read_config(path)[:2] == expected
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_grouped_queries_bias_and_dtype(dtype, small, tmp_path, monkeypatch):
+def test_grouped_queries_bias_dtype_and_notes(dtype, small, tmp_path, monkeypatch, capsys):
+    """Noted are unknown settings, mixed dtypes, and that there is no tokenizer."""
+    out = tmp_path / "out.pt"
     monkeypatch.setattr(c, "PIECE", 1000)  # a tensor is many pieces
-    c.convert(str(small), tmp_path / "out.pt", dtype)
-    model, tokenizer = load(tmp_path / "out.pt")
+    c.convert(str(small), out, dtype)
+    model, tokenizer = load(out)
     found = model.config.n_kv_head, model.config.qkv_bias, model.wte.weight.dtype
-    assert found == (2, True, dtype or torch.bfloat16)
-    assert same_weights(model, small, dtype)
+    assert found == (2, True, dtype or torch.bfloat16) and same_weights(model, small, dtype)
     assert generate(model, [tokenizer.encode("Hello")], gen_length=8).forwards == 8
-
-def test_what_is_noted(small, tmp_path, capsys):
-    """Unknown settings, mixed dtypes, and that there is no tokenizer."""
+    out.unlink()
     edit(small / "config.json", some_new_thing=7, another_one=False, use_cache=True,
          n_kv_heads=None, multi_query_attention=True)
     fails(small, "k_proj")  # one head of keys and values now
     edit(small / "config.json", n_kv_heads=2)
     rewrite([small / "model-00003-of-00006.safetensors"], lambda n, t: (n, t.half()))
     (small / "tokenizer.json").unlink()
-    c.convert(str(small), tmp_path / "out.pt")
+    c.convert(str(small), out)
     said = capsys.readouterr().out
-    assert "some_new_thing = 7 is ignored" in said and "stored as float16 are written as" in said
-    assert "another_one" not in said and "use_cache" not in said
-    assert "has no tokenizer" in said and load(tmp_path / "out.pt")[1] is None
+    for words in "some_new_thing = 7 is ignored", "stored as float16 are wr", "has no tokenizer":
+        assert words in said
+    assert "another_one" not in said and "use_cache" not in said and load(out)[1] is None
 
 @pytest.mark.parametrize("old, new, eos, words", [
     ("126340", "126341", 126081, "<role> is 126341, expected 126340 (and 1 m"),
@@ -322,10 +313,6 @@ def test_names_with_another_prefix(small):
     relist(small / INDEX, lambda files: {prefix + n: files[n] for n in files})
     fails(small, "39 tensors of the files and 39 of the network do not match: the files have "
           f"{prefix}{first}, and {first} is expected; remove the prefix {prefix}")
-    relist(small / INDEX, lambda files: {n.removeprefix(prefix + "model."): files[n]
-                                         for n in files})
-    line = fails(small, "the files have transformer.blocks.0.attn_norm.weight, and " + first)
-    assert "prefix" not in line
 
 DAMAGE = {
     "cut": lambda path, size: path.write_bytes(path.read_bytes()[:size]),
@@ -346,27 +333,6 @@ def test_damaged_folders(file, how, value, words, small, tmp_path):
     before = out.read_bytes()
     refused(words, run=lambda: c.main([str(small), "--out", str(out)]))
     assert out.read_bytes() == before and list(tmp_path.glob("out*")) == [out]
-
-@pytest.mark.parametrize("family", OTHERS)
-def test_damaged_stand_ins_of_other_families(family, stand_ins, tmp_path):
-    """The same damages, to the files and tensors that these have."""
-    folder = stand_ins[family]
-    ours, theirs = (c.their_names(c.read_config(folder / "config.json")[1], table, both=True)
-                    for table in (LLADA, c.FAMILIES[family]))
-    shards = [path.name for path in sorted(folder.glob("*.safetensors"))]
-    tokens = next(f for f in ("vocab.json", "tokenizer.json") if (folder / f).exists())
-    cases = json.dumps(REFUSED["damage"]).replace("tokenizer.json", tokens)
-    cases = re.sub(r"model-0000(\d)[\w.-]*", lambda m: shards[(int(m[1]) - 1) % len(shards)], cases)
-    for old, new in zip(ours, theirs, strict=True):
-        cases = cases.replace(old, new)
-    for i, (file, how, value, words) in enumerate(json.loads(cases)):
-        if (folder / file).exists():  # Qwen2's has one file and no index
-            copy = pathlib.Path(shutil.copytree(folder, tmp_path / str(i)))
-            if file != tokens:
-                (copy / tokens).unlink()  # saves time
-            for path in copy.glob("*.safetensors") if how == "drop" else [copy / file]:
-                DAMAGE[how](path, value)
-            fails(copy, words)
 
 @pytest.mark.parametrize("script, args, words", [(s, *case) for s in MAINS for case in REFUSED[s]])
 def test_user_errors(script, args, words, small, tmp_path, monkeypatch):
@@ -413,26 +379,26 @@ def test_two_at_once(small, tmp_path):
     """The second process waits for the first. It uses up what a killed one has left, and does not
     convert again if the first one has finished."""
     out, temp, lock = (tmp_path / f"out.pt{end}" for end in ("", ".converting", ".lock"))
+    said, err = tmp_path / "said", tmp_path / "err"
     for finished in (False, True):
         with FileLock(lock):
-            p = subprocess.Popen([sys.executable, CONVERT, str(small), "--out", str(out)],
-                                 text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-            assert "waiting for it" in p.stderr.readline() and p.poll() is None
+            pid = start("convert.py", [small, "--out", out], said, err)
+            while not (err.exists() and "waiting for it" in err.read_text()):
+                assert ended(pid) is None
+                time.sleep(0.01)
             if finished:
                 os.replace(shutil.copy(out, tmp_path / "other.pt"), out)
                 before = out.stat().st_mtime_ns
             else:
                 temp.write_bytes(b"half" * 500_000)
-        said, _ = p.communicate(timeout=100)
-        assert p.returncode == 0 and list(tmp_path.glob("out*")) == [out] and load(out)
-        assert ("written by the other process" in said) == finished
+        assert os.waitpid(pid, 0) == (pid, 0) and [*tmp_path.glob("out*")] == [out] and load(out)
+        assert ("written by the other process" in said.read_text()) == finished
+        err.unlink()
     assert out.stat().st_mtime_ns == before
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory(tmp_path, monkeypatch):
-    """Converting and loading 100 MB of weights in pieces of 1 MB takes far less memory than they
-    have. Loading does not pack the weights here, as for a model of several gigabytes. The tokenizer
-    is recognized as the base model's."""
+    """100 MB of weights take far less: in pieces of 1 MB, and not packed, like a large model."""
     def anonymous(pid):
         status = pathlib.Path(f"/proc/{pid}/status").read_text()
         return sum(int(n) for n in re.findall(r"RssAnon:\s*(\d+)", status)) / 1024
@@ -460,7 +426,7 @@ def test_a_snapshot_that_was_fetched_before(hub, stand_ins, tmp_path, capsys):
     out = tmp_path / "out.pt"
     assert c.main(["llada", "--out", str(out)]) == 0
     assert "was fetched before" in capsys.readouterr().err and load(out)[0].extra["chat"] == "llada"
-    next(hub[0].glob("model-00002*")).unlink()  # not complete any more
+    next(hub.glob("model-00002*")).unlink()  # not complete any more
     for source in ("GSAI-ML/LLaDA-1.5", "llada"):
         refused("HF_HUB_OFFLINE", run=lambda: c.main([source, "--out", str(tmp_path / "no.pt")]))
     assert not (tmp_path / "no.pt").exists()
@@ -476,26 +442,6 @@ def test_ask_user(typed, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", stdin)
     refused(words, run=c.ask_user) if words else c.ask_user()
     assert ("[y/N]" in capsys.readouterr().err) == (typed is not None)
-
-def test_first_use_asks(hub, tmp_path, monkeypatch):
-    """sample.py --ckpt llada in a copy of the repository converts and answers, if somebody in a
-    terminal says yes. The next time it does not ask."""
-    pty, (_, env), copy = pytest.importorskip("pty"), hub, tmp_path / "repo"
-    for f in ("scripts", "support", "sample.py", "dkv_min.py", "model.py"):
-        (shutil.copytree if (ROOT / f).is_dir() else shutil.copy)(ROOT / f, copy / f)
-    args = [copy / "sample.py", "--ckpt", "llada", "--prompt", "Hello", "--gen-length", "8",
-            "--block-length", "8", "--json"]
-    master, slave = pty.openpty()
-    os.write(master, b"y\n")
-    p = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True,
-                       timeout=200, stdin=slave, env=os.environ | env)
-    os.close(slave), os.close(master)
-    said = ["LLaDA-8B-Instruct was fetched before", "continue? [y/N]"]
-    assert p.returncode == 0 and all(words in p.stderr for words in said), p.stderr
-    assert len(p.stdout.splitlines()) == 1 and len(json.loads(p.stdout)["ids"]) == 8
-    monkeypatch.setattr(cli, "ROOT", str(copy))
-    monkeypatch.setattr(cli, "fetch", None)  # the next time
-    cli.load_checkpoint("llada", "cpu", None)
 
 @pytest.mark.parametrize("package, source", [
     ("safetensors", "small"), ("safetensors", "llada"), ("huggingface_hub", "llada")])

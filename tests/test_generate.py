@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from conftest import random_model, random_prompts
+from conftest import REFUSED, random_model, random_prompts
 from invariants import OWN, UNCOUNTED, check_invariants, draw_scenario, orders, scenario
 
 from caches import CACHES, COSTS, LOOPS
@@ -18,7 +18,7 @@ from support.settings import loop_settings
 DIFFUSION = [cache for cache in CACHES if cache not in ("autoregressive", "guided")]
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("i", range(120))
+@pytest.mark.parametrize("i", range(90))
 def test_invariants(i):
     check_invariants(draw_scenario(random.Random(f"test {i}")))
 
@@ -44,23 +44,6 @@ def test_one_layer_is_not_exact_without_the_delay(cache, steps):
     # deeper models are not exact either way: otherwise the tests of exactness would prove nothing
     deep = dataclasses.replace(s, model=random_model())
     assert deep.run().tokens != deep.run(cache="none", **remasking).tokens
-
-@pytest.mark.parametrize("cache", [c for c in DIFFUSION if c != "greedy"])
-def test_a_low_threshold_reveals_a_block_in_one_step(cache):
-    s = scenario([9, 4, 1], cache=cache, steps=2)
-    low, one = s.run(steps=None, threshold=1e-9), s.run()
-    assert low.steps == one.steps == [2] * 3 and low.tokens == one.tokens
-    assert low.positions_run == one.positions_run
-
-@pytest.mark.parametrize("cache", DIFFUSION)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_batch_equals_its_prompts_alone_in_low_precision(cache, dtype):
-    """Up to rounding: answers may differ after a tie. Of three steps one is cached."""
-    s = scenario([3, 8, 1, 6], random_model(dtype=dtype), cache=cache, gen_length=9, block_length=9,
-                 steps=3, remasking="left_to_right")
-    together, alone = s.run().tokens, [s.run([j]).tokens[0] for j in range(4)]
-    same = sum(a == b for x, y in zip(together, alone) for a, b in zip(x, y))
-    assert same >= 18 + 36 - 4, f"{same} of 54 tokens are equal"
 
 def test_the_table_of_gains():
     for P, cache, refresh, gain in (
@@ -104,14 +87,6 @@ def test_guiders_that_know_nothing(shift):
     # the guider reads the newest token and the drafts, at first the prompt too, but for the last
     drafts = sum(range(1, 16))
     assert a.guider_positions == [len(p) + 15 + drafts for p in s.prompts]
-
-@pytest.mark.parametrize("cache", CACHES[:-1])
-def test_same_seed_same_output(cache):
-    remasking = "random" if "random" in orders(cache) else None
-    s = scenario([5, 7], cache=cache, temperature=1.0, remasking=remasking)
-    runs = [generate(s.model, s.prompts, generator=torch.Generator().manual_seed(seed),
-                     **s.settings()).tokens for seed in (3, 3, 4)]
-    assert runs[0] == runs[1] != runs[2]
 
 def test_temperature_samples_the_softmax(model):
     """One token after one prompt, many times: its frequencies are the probabilities."""
@@ -163,7 +138,7 @@ CERTAIN = "none", "decode", "prefill", "pd", "freecache", "prefix"  # with shift
     (i, *case) for i, case in enumerate(
         [(*case, n) for n in (0, 1) for case in ORDERS if n == 0 or case[0] in CERTAIN])])
 def test_the_loops_do_not_wait_for_the_device(monkeypatch, i, cache, remasking, shift):
-    """On a device without data, whatever asks for a number fails, and so do mixed devices."""
+    """Without data, whatever asks for a number fails, and so do mixed devices and dtypes."""
     loop, ended = LOOPS[cache], []
     how = [{}, dict(temperature=0.7, cfg_scale=1.5), dict(suppress_eos="confidence", top_p=0.9),
            dict(temperature=0.7, top_k=3), dict(cfg_scale=1.5, suppress_eos="logits")][i % 5]
@@ -174,25 +149,15 @@ def test_the_loops_do_not_wait_for_the_device(monkeypatch, i, cache, remasking, 
         ended.append(True)
     monkeypatch.setitem(find("LOOPS", cache), cache, watched)
     causal = cache == "autoregressive"
-    model = random_model(n_layer=1, shift=bool(shift or causal), causal=causal)
+    model = random_model(dtype=torch.bfloat16, n_layer=1, shift=bool(shift or causal),
+                         causal=causal)
     s = scenario([5, 1], model.to("meta"), cache=cache, remasking=remasking, steps=6, **how)
     order = [[len(p) + q for q in range(16)] for p in s.prompts]
     with pytest.raises(NotImplementedError, match="meta"):  # the read-out after the loop
         s.run(order=order if remasking is None and cache in DIFFUSION else None)
     assert ended
 
-@pytest.mark.parametrize("cache, own, foreign", [
-    ("none", {}, ("refresh", "window", "delay")),
-    ("decode", dict(refresh=8, delay=True), ("window",)),
-    ("greedy", dict(refresh=2, window=4, delay=True), ("depth",)),
-    ("prefill", {}, ("refresh",)), ("pd", dict(refresh=8, delay=True), ("window",)),
-    ("local", dict(refresh=None, delay=True), ("window",)),
-    ("freecache", dict(delay=False), ("refresh",)), ("prefix", {}, ("delay",)),
-    ("dual", {}, ("delay",)), ("window", dict(refresh=32, window=64, active=16), ("delay", "tau")),
-    ("entropy", dict(tau=0.2, recent=64, window=None), ("refresh", "active")),
-    ("autoregressive", {}, ("refresh",)),
-    ("guided", dict(guider=None, accept="deterministic", accept_top_k=5, ratio=0.5, window=None,
-                    accept_threshold=None, speculative=False), ("refresh", "delay"))])
+@pytest.mark.parametrize("cache, own, foreign", REFUSED["settings"])
 def test_settings_of_the_loops(cache, own, foreign):
     """None means the default, and a loop refuses what it does not have."""
     assert OWN == {"refresh", "window", "delay", "active", "tau", "recent", "guider", "accept",
@@ -213,68 +178,7 @@ def test_settings_of_the_loops(cache, own, foreign):
                 call(cache=cache, gen_length=4, **{name: 4})
             assert all(word in str(e.value) for word in (cache, name, *own))
 
-WRONG = {  # what a setting cannot be
-    "gen_length": [0, 2.5, None], "steps": [17, 0], "temperature": [1e39, -0.1, float("nan")],
-    "cfg_scale": [1e39, -1], "refresh": [0, 2.5], "window": [-1], "delay": [1],
-    "threshold": [0, 1.5, "0.9", float("nan")], "top_p": [0, 1.5, "1"], "top_k": [0, 2.5],
-    "schedule": ["slow"],
-    "stop_at_eos": ["yes"], "suppress_eos": ["yes"], "cache": ["fast"], "remasking": ["best"]}
-
-@pytest.mark.parametrize("words, change", [
-    *((f"{name} is {value!r}, and has to be ", {name: value}) for name in WRONG
-      for value in WRONG[name]),
-    *(("list of lists of whole numbers", dict(prompts=prompts))
-      for prompts in ([3, 4], [["a"]], None, [[3.7]], ["34"])),
-    ("no prompt", dict(prompts=[])), ("prompt 1 is empty", dict(prompts=[[3], []])),
-    ("mask", dict(prompts=[[3, 40]])), ("0..47: 48", dict(prompts=[[3, 48]])),
-    ("0..47: -1", dict(prompts=[[-1]])), ("64", dict(prompts=[[3] * 49])),
-    ("one of none, decode, greedy, prefill", dict(cache="fast")),
-    ("0 to 1e6", dict(temperature=1e39)),
-    ("one of low_confidence, margin, entropy, random", dict(remasking="best")),
-    ("multiple", dict(block_length=5)),
-    ("multiple", dict(block_length=4, steps=6)), ("4, the number", dict(block_length=4, steps=3)),
-    *((f"{name} is {value!r}, and has to be ", {"cache": cache, name: value})
-      for cache, name, value in (("entropy", "tau", float("nan")), ("entropy", "tau", "1"),
-                                 ("entropy", "recent", -1), ("window", "active", 0))),
-    ("no effect with a threshold", dict(cache="none", threshold=0.9, steps=16)),
-    ("use another cache", dict(threshold=0.9)),
-    *(("leave out the order, and any remasking", dict(cache="none", threshold=0.9, **how))
-      for how in (dict(remasking="random"), dict(order=[list(range(2, 18))]))),
-    *((f"first 3 masks ({name}), and a step reveals 4", {"cache": cache, name: 3, "steps": 4})
-      for cache, name in (("window", "active"), ("entropy", "window"))),
-    ("an order may start anywhere", dict(cache="window", order=[list(range(2, 18))])),
-    ("it has tau, recent, window", dict(cache="entropy", refresh=3)),
-    ("greedy", dict(remasking="low_confidence")), ("order has to be", dict(order=5)),
-    ("order 0", dict(order=[[0]])), ("order has 0", dict(order=[])),
-    ("block", dict(order=[list(range(2, 18))[::-1]], block_length=8)),
-    ("order", dict(order=[list(range(2, 18))], remasking="left_to_right")),
-    ("generator has", dict(generator=[])), ("generator has", dict(generator=7)),
-    ("use schedule llada", dict(schedule="dream")),
-    # to a causal model
-    *((f"leave out {words}{name}", {"shift": 1, "cache": "autoregressive", name: value})
-      for words, name, value in (
-          ("", "steps", 16), ("", "block_length", 4), ("", "threshold", 0.9),
-          ("", "schedule", "dream"), ("", "remasking", "random"),
-          ("an ", "order", [list(range(2, 18))]))),
-    *(("causal model writes from left to right", dict(shift=1, **how)) for how in (
-        dict(cache="decode"), dict(cache="none", remasking="random"),
-        dict(cache="none", order=[list(range(2, 18))]))),
-    ("needs a causal model", dict(cache="autoregressive")),
-    ("this one is causal", dict(shift=1, cache="guided", accept="self")),
-    *((words, dict(cache="guided", accept="self") | how) for words, how in (
-        *((f"leave out {name}", {name: value}) for name, value in (
-            ("temperature", 0.5), ("steps", 16), ("block_length", 4), ("threshold", 0.9),
-            ("remasking", "random"), ("schedule", "dream"), ("top_p", 0.9), ("top_k", 3))),
-        ("leave out an order", dict(order=[list(range(2, 18))])),
-        ("need one: give guider", dict(accept="topk")), ("takes no guider", dict(guider=1)),
-        ("has to be a causal model", dict(guider=0, accept="topk")),
-        ("it needs a guider", dict(speculative=True)),
-        *((f"window is {window}, and has to be", dict(window=window))
-          for window in ((0, 1), (-1, 2), 4, (2, 2, 2))),
-        ("accept is 'most', and has to be one of", dict(accept="most")),
-        ("accept_top_k is 0, and has to be", dict(accept_top_k=0)),
-        ("ratio is 2, and has to be", dict(ratio=2)),
-        ("accept_threshold is 'x', and has to be", dict(accept_threshold="x"))))])
+@pytest.mark.parametrize("words, change", REFUSED["generate"])
 def test_user_errors_are_one_sentence(words, change):
     """shift: to a causal model. A guider is 1, causal, or 0, not."""
     model, *guiders = (random_model(shift=bool(n), causal=bool(n), n_layer=1)

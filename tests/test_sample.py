@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, byte_model, forked, random_model
+from conftest import REFUSED, ROOT, byte_model, forked, random_model
 from filelock import FileLock
 
 import sample as s
@@ -24,7 +24,7 @@ from support.cli import fetch, launch
 from support.evaluate import encode
 from support.prompts import N_DEMO, draws
 from support.settings import loop_settings
-from support.tokenizer import PATTERN, Tokenizer, build_tokenizer
+from support.tokenizer import build_tokenizer
 
 QUESTION = "Anna has 3 boxes of 4 pens. Monday she loses 5. How many pens are left?"
 TINY = ROOT / "checkpoints" / "tiny.pt"
@@ -75,7 +75,7 @@ def test_no_flags(tmp_path):
                                     re.M)
         assert (mark == "right") == (said == problems[0][1])
     whole = int(rows[0][5].replace(",", ""))
-    for row, flags in (rows[0], ""), (rows[2], ""), (rows[7], "--threshold 0.99"):
+    for row, flags in (rows[2], ""), (rows[7], "--threshold 0.99"):
         runs = objects("--cache", row[0], *flags.split())  # the table adds up
         right = sum(o["text"].strip() == problems[o["index"]][1] for o in runs)
         ran, steps = (sum(o[key] for o in runs) for key in ("positions_run", "steps"))
@@ -133,18 +133,12 @@ def test_prompts_from_everywhere(tmp_path):
                          for more in (["--batch-size", 1], ["--batch-size", 3], ["--seed", 1]))
     assert one == three != other and len(one) == 3
 
-def test_a_checkpoint_without_tokenizer_or_problems(bare, wordy):
-    o = objects("--ckpt", bare, "--ids", "3,4", "--gen-length", 8)[0]
-    assert o["prompt"] is None is o["text"] and len(o["ids"]) == 8
-    out = sample("--ckpt", wordy, "--prompt", "hi", "--gen-length", 32, "--cache", "all").out
-    assert not re.search(r"\bright\b|exact", out) and "16 steps" in out
-    assert all(c == "\n" or c.isprintable() for c in out)  # the model cannot drive the terminal
-
 def test_flags_reach_the_library(bare, tmp_path):
     def run(*flags):
         return objects("--ckpt", bare, "--ids", "3,4", "--gen-length", 16, *flags)[0]
     none, decode, greedy = (run("--cache", cache) for cache in ("none", "decode", "greedy"))
     never, late, always = (run("--refresh", r) for r in ("never", 16, 1))
+    assert none["prompt"] is None is none["text"]  # it has no tokenizer
     assert never["positions_run"] == late["positions_run"] and always["ids"] == none["ids"]
     assert run("--no-delay")["positions_run"] < decode["positions_run"]
     assert run("--cache", "greedy", "--window", 0)["positions_run"] < greedy["positions_run"]
@@ -181,7 +175,7 @@ def test_other_lengths_than_the_model_s_are_noted():
 
 def test_in_a_shell(tmp_path):
     """Closed and full output are not faults of ours, and bytes that are not UTF-8 are an error."""
-    (tmp_path / "p.txt").write_text("hello\n" * 40)
+    (tmp_path / "p.txt").write_text("hello\n" * 10)
     for command, words in [
             (f"--prompts {tmp_path / 'p.txt'} --steps 4 --cache all --json | head -n 1", ""),
             ("--watch --steps 2 >&-", ""), ("--prompt $(printf 'caf\\351')", "UTF-8"),
@@ -199,14 +193,9 @@ def test_in_a_shell(tmp_path):
     line for line in (ROOT / "tests/errors_sample.txt").read_text().splitlines()[1:]
     if not line.startswith("--device") or not torch.cuda.is_available()])
 def test_user_errors_are_one_sentence(line, bare, tmp_path, capsys, monkeypatch):
-    for name, content in {
-            "hub/config.json": b"{}", "latin.txt": b"caf\xe9\n", "empty.txt": b"\n\n",
-            "key.jsonl": b'{"question": "x"}\n', "none.jsonl": b'{"prompt": ""}',
-            "number.jsonl": b'{"prompt": 3}\n', "cut.jsonl": b'{"prompt": ',
-            "digits.jsonl": b'{"prompt": ' + b"1" * 5000 + b"}",
-            "deep.jsonl": b'{"prompt": ' + b"[" * 100000}.items():
+    for name, content in (REFUSED["files"] | {"deep.jsonl": '{"prompt": ' + "[" * 100000}).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).write_bytes(content.encode("latin1"))
     torch.save({"args": {}, "step": 3, "weights": {}}, tmp_path / "x.pt.train")
     places = dict(root=ROOT, tmp=tmp_path, bare=bare, long="x" * 400_001, words="word " * 2000,
                   surrogates="\udce9" * 5000)
@@ -307,22 +296,6 @@ def test_chat(wordy):
     assert "is forgotten" in p.out and "more than the model's" in p.out and p.err == ""
     p = sample("--chat", "--ckpt", wordy, "--gen-length", 16, stdin=b"one " * 5 + b"\ntwo\nthree")
     assert "(questions that no longer fit and are left out: 1)" in p.out
-
-def test_the_raw_prompt_and_llada_s_template():
-    tokenizer = load(TINY)[1]
-    for flags, text in ([], "How?\n"), (["--raw"], "How?"):
-        [o] = objects("--prompt", "How?", "--steps", 2, *flags)
-        assert tokenizer.decode(o["prompt_ids"]) == text
-    names = "<|startoftext|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|endoftext|>".split()
-    special = {name: 300 + i for i, name in enumerate(names)}
-    t = Tokenizer({bytes([b]): b for b in range(256)}, PATTERN, special)
-    found = encode([" Hi <|eot_id|>", "Yes. ", "So?"], t, {"chat": "llada"})
-    user, model = (f"<|start_header_id|>{role}<|end_header_id|>\n\n"
-                   for role in ("user", "assistant"))
-    before = t.encode(f"<|startoftext|>{user}Hi ", special=True)
-    after = t.encode(f"<|eot_id|>{model}Yes.<|eot_id|>{user}So?<|eot_id|>{model}", special=True)
-    assert found == before + list(b"<|eot_id|>") + after, "what a user types is text"
-    assert encode(["a", "b", "c"], t, {"chat": "llada"}, raw=True) == list(b"ab\nc")
 
 def test_out_of_memory_is_one_sentence(bare, monkeypatch, capsys):
     faults = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),

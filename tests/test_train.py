@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 import regex
 import torch
-from conftest import ROOT, byte_model, scripts
+from conftest import REFUSED, ROOT, byte_model, scripts
 
 from model import load, save
 from support import checkpoint
@@ -97,8 +97,6 @@ def test_bpe():
              "".join(rng.choices("ACGT", k=2000)), "".join(rng.choices("一二三四五", k=900))]
     for text, n in itertools.product(texts, (256, 258, 330)):
         assert [*train_bpe(text, n).items()] == [*slow_bpe(text, n).items()], text[:40]
-    tokenizer = build_tokenizer(low, 302)
-    assert len(tokenizer.encode(low)) < len(low) / 2 and len(tokenizer.encode("2024")) == 4
     # one endless word took 40 seconds: every merge went through all of it. Now it takes one
     began, dna = time.process_time(), "".join(rng.choices("ACGT", k=300_000))
     assert len(build_tokenizer(dna, 512).encode(dna)) < 110_000
@@ -172,7 +170,7 @@ def test_loss_falls_and_the_file_answers(train):
     right = answer_problems(model, tokenizer, 1, 4, 2, **how).right
     assert not any(two.right) and right == [False, True, False, False]
 
-@pytest.mark.parametrize("more", ["", "--causal "])
+@pytest.mark.parametrize("more", ["", pytest.param("--causal ", marks=pytest.mark.slow)])
 def test_a_stopped_run_resumes_to_the_same_bits(train, more):
     """By SIGTERM and Ctrl-C, which save and exit with 130, or at any moment after a save."""
     train(STEPS + more + "--out whole.pt")
@@ -230,12 +228,10 @@ def test_what_stops_a_run_keeps_the_last_good_checkpoint(train):
 def test_resume_refuses_what_it_cannot_continue(train):
     train(SMALL + "--steps 2")
     state, resume = torch.load("a.pt.train"), "--resume --out b.pt"
-    endless = functools.reduce(lambda x, _: [x] * 4, range(40), "ha")  # a fuzz campaign hung on it
-    for name, value, words in (
-            ("lr", "x", "--lr"), ("ops", [1], "--ops"), ("batch_size", -1, "--batch-size"),
-            ("threads", "x", "--threads"), ("n_head", torch.ones(2), "--n-head"),
-            ("preset", "long", "--preset"), ("wordy", True, "--wordy"),
-            ("vocab", endless, "--vocab"), ("n_embd", None, "does not fit together")):
+    endless = functools.reduce(lambda x, _: [x] * 4, range(40), "ha")  # a campaign hung on it
+    odd = {"ENDLESS": endless, "TENSOR": torch.ones(2)}
+    for name, value, words in REFUSED["resume"]:
+        value = odd.get(value, value) if isinstance(value, str) else value
         torch.save(state | {"args": state["args"] | {name: value}}, "b.pt.train")
         assert words in train(resume, code=2)[1]
 
@@ -257,12 +253,6 @@ def test_resume_knows_its_text(train, monkeypatch, more):
     Path("../my.txt").write_text(DUCKS[::-1], encoding="utf-8")
     assert another in train(resume, code=2)[1]
     train(resume + "--data moved.txt")
-    # an older version kept neither a checksum nor the folder, and had another flag
-    state = torch.load("../a.pt.train")
-    del state["text"]
-    state["args"] |= {"data": "moved.txt", "wordy": False}
-    torch.save(state, "y.pt.train")
-    train("--resume --out y.pt")
 
 def test_prompts_of_a_text_hold_whole_characters(tmp_path):
     """They were cut at a token: two of three ended with U+FFFD and encoded to other ids."""

@@ -74,7 +74,7 @@ def prepare(home, seed):
     from scripts.fake_hub import main as fake
     fake([str(home / "fake"), *"--layers 1 --width 32 --vocab 300 --seed".split(), str(seed)])
     save(home / "small.pt", *byte_model())
-    (home / "p.txt").write_text("".join(f"{'long ' * (i % 4)}prompt {i}\n" for i in range(30)))
+    (home / "p.txt").write_text("".join(f"{'long ' * (i % 4)}prompt {i}\n" for i in range(12)))
 
 def killed(kind, folder, seconds, saving, rng):
     """Runs it in the folder until it is killed before its end. seconds: how long it works."""
