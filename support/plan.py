@@ -59,7 +59,7 @@ def plan(args, config, extra, guider=None):
         add("none", threshold=None, steps=G)
     add("none", base=0 if runs else None)
     for cache in caches[1:]:
-        if cache == "greedy" and table and by_steps and not args.remasking:
+        if (cache, schedule) == ("greedy", "llada") and table and by_steps and not args.remasking:
             add("none", known)
         add(cache, base=0)
         if cache == "freecache" and "delay" not in given:  # as published, and with the delay
