@@ -37,7 +37,8 @@ def check_bounds(args, **bounds):
 
 def loop_flags(args, loops):
     """-> {setting: value} of the texts NAME=VALUE. The loop of one of the caches has to have it."""
-    known = sorted({s for cache in args.caches for s in loop_settings(loops[cache], {})})
+    known = {s for cache in args.caches for s in loop_settings(loops[cache], {})}
+    known = sorted(known - {"guider"})  # which --guider names
     has = f"which has {', '.join(known) or 'no settings'}"
     run = "the demo" if args.cache == "demo" else f"--cache {args.cache}"
     words, found = {"true": True, "false": False, "none": None, "never": "never"}, {}

@@ -112,12 +112,15 @@ def check_guided(config, how, order):
     need(not config.causal, "guided decoding is for a diffusion model, and this one is causal: use "
                             "cache autoregressive")
     need(accept in ACCEPT, f"accept is {accept!r}, and has to be one of {', '.join(ACCEPT)}")
+    need(guider is None or hasattr(guider, "config"),
+         f"guider is {guider!r:.60}, and has to be a causal model")
     need((guider is None) == (accept == "self"), "accept self takes no guider, and the other rules "
                                                  "need one: give guider, or accept self")
     need(guider is None or guider.config.causal, "the guider has to be a causal model")
     for name in ("ratio", "accept_threshold"):
         value = how[name]
-        need(value is None or isinstance(value, (int, float)) and 0 <= value <= 1,
+        good = isinstance(value, (int, float)) and value is not True and 0 <= value <= 1
+        need(value is None or good,
              f"{name} is {value!r}, and has to be a probability, 0 to 1")
     need(type(how["speculative"]) is bool, f"speculative is {how['speculative']!r}, and has to be "
                                            "True or False")
