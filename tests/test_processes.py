@@ -44,6 +44,7 @@ def test_two_processes_train_as_one(whole, tmp_path):
         assert codes == [0] * n and losses(out) == pytest.approx(whole[1], abs=5e-3), (n, parts)
     assert whole[1][0] - whole[1][-1] > 0.1, "nothing was learned that could differ"
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_run_which_resumes_to_the_same_bits(whole, tmp_path):
     """torchrun starts two processes, and the second one is killed when the first has saved."""
     path, kept = tmp_path / "a.pt", tmp_path / "a.pt.train"

@@ -173,6 +173,7 @@ def test_other_lengths_than_the_model_s_are_noted():
         p = sample("--prompt", QUESTION, "--gen-length", length, "--steps", 2, "--json")
         assert p.err == note and f'"block_length": {min(length, 32)},' in p.out
 
+@pytest.mark.slow
 def test_in_a_shell(tmp_path):
     """Closed and full output are not faults of ours, and bytes that are not UTF-8 are an error."""
     (tmp_path / "p.txt").write_text("hello\n" * 10)

@@ -157,6 +157,7 @@ class Terminal:
         assert b"Traceback" not in self.out
         return self.process.wait(100), self.out.decode().replace("\r\n", "\n")
 
+@pytest.mark.slow
 def test_in_a_terminal(wordy):
     ask = ["--ckpt", wordy, "--prompt", "hello", "--gen-length", 16, "--watch", "0.05"]
     terminals = [Terminal(*ask, **how) for how in (
