@@ -84,7 +84,7 @@ class Batch:
     P: int                      # prompts are left-padded to this length
     T: int                      # columns; the spare one comes after them
     L: int                      # block_length
-    schedule: list              # for each block [(c, k)] of its steps, from unmask_schedule
+    schedule: list | None       # for each block [(c, k)] of its steps; None: known step by step
     threshold: float | None     # reveal what is as probable as this, instead of the schedule
     config: object              # the model's
     un: bool                    # see place

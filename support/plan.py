@@ -6,14 +6,17 @@ from support.processes import ranks
 from support.settings import check, loop_settings
 from support.watch import name
 
+def lengths(args, extra):
+    """-> tokens of an answer and of a block: the flags', else the checkpoint's where they fit."""
+    G = extra.get("gen_length", 128) if args.gen_length is None else args.gen_length
+    L = extra.get("block_length", G) if args.block_length is None else args.block_length
+    fits = args.block_length is not None or L and G % L == 0
+    return G, L if fits else G
+
 def plan(args, config, extra, guider=None):
     """-> [(settings for generate, number of the run it is compared with)]. Of several caches each
     is compared with none under the same rule. Those that cannot follow the rule are named."""
-    # lengths: the flags', else the checkpoint's; G tokens in blocks of L
-    G = extra.get("gen_length", 128) if args.gen_length is None else args.gen_length
-    usual = extra.get("block_length", G)  # the checkpoint's blocks may not divide the flags' length
-    L = args.block_length
-    L = (usual if usual and G % usual == 0 else G) if L is None else L
+    G, L = lengths(args, extra)
     by_steps = args.threshold is None
     steps = G if by_steps and args.steps is None else args.steps
     # greedy has to know ahead what comes next, so it follows the order that suits the model
@@ -68,7 +71,8 @@ def plan(args, config, extra, guider=None):
     by_steps = by_steps and not config.causal
     if table and by_steps and steps % 2 == 0 and steps // 2 % (G // L) == 0:
         add("none", base=0, steps=steps // 2)
-    if args.cache == "demo" and by_steps and args.remasking in (None, "low_confidence"):
+    plain = (args.remasking or usual, schedule) == ("low_confidence", "llada")
+    if args.cache == "demo" and by_steps and plain:  # a threshold takes no other order
         for cache in "none", "local":
             add(cache, base=0, threshold=0.99, steps=None)
     if left and ranks()[0] == 0:
