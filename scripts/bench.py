@@ -4,7 +4,6 @@ python scripts/bench.py                     random weights, 42 million parameter
 python scripts/bench.py --preset tiny       the shape of the bundled model; --ckpt my.pt: a file's
 python scripts/bench.py --caches dual local some of the caches, beside none
 python scripts/bench.py --scale             growth with the length: 128 to 2048 tokens in all
-python scripts/bench.py --rivals            guided and autoregressive: who is faster, and right?
 
 All runs take turns in one process, after a warm-up; times are medians. A preset's weights are
 random. Greedy decodes in a fixed random order, all others by confidence, in blocks of 32 where that
@@ -25,10 +24,6 @@ memory     bytes, the most that torch has allocated during the run on CUDA; else
 Sampling (--sample N; automatic where no cache takes over a minute): the network runs in N of the
 steps that run everything and in N of the others, evenly spread by their arithmetic. The rest get
 random logits for two ids, and their time is interpolated between timed steps of the same kind.
-
-Rivals (--rivals): all runs answer the problems of --ckpt (tiny), batch by batch in turn, and stop
-at EOS. "AR, same size" is the one to beat, made to end where the right answers do. Of an answer:
-seconds (medians of a batch), tokens to the first EOS; of a batch: forwards, and the guider's.
 """
 import argparse
 import contextlib
@@ -53,11 +48,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from caches import CACHES, LOOPS
 from dkv_min import generate
 from model import LLADA_8B, Config, DiffusionLM, load
-from scripts.accuracy import NEVER, load_problems
 from support.arithmetic import matmul_peak, work
 from support.checkpoint import atomic_write
-from support.cli import Parser, check_bounds, check_out, launch, load_guider, pick_device
-from support.evaluate import answer_problems, cut
+from support.cli import Parser, check_bounds, check_out, launch, pick_device
 from support.fast_cpu import pack, pick_dtype
 from support.settings import check
 
@@ -67,6 +60,7 @@ PRESETS = {"tiny": Config(n_layer=3, n_head=4, n_kv_head=4, n_embd=256, n_ff=704
                          n_vocab=16384, max_len=4096, mask_id=16383),
            "llada-8b": LLADA_8B}
 LENGTHS = [128, 256, 512, 1024, 2048]  # of --scale
+NEVER = 10**6  # a refresh of a block's steps or more never happens
 
 # how a cache is run: {what its name is followed by: settings}
 FORMS = dict(decode={" 8": dict(refresh=8), " never": dict(refresh=NEVER)},
@@ -220,8 +214,6 @@ TABLE = dict(run="28", seconds="8.2f", tokens_per_s="12.1f", positions="9,", pre
              memory="14,")
 SCALE = dict(total_length="12", run="20", seconds="9.3f", positions="12,", predicted="9.2f",
              gain="8.2f")
-RIVALS = dict(batch="5", run="28", seconds="9.4f", times_ar="8.2f", tokens_per_s="12.1f",
-              forwards="8.1f", guider="6.1f", exact="6.1%")
 
 def line(columns, row=None):
     """A line of a table, or its head. columns: {field: format}"""
@@ -248,12 +240,12 @@ def same_size(model):
         causal = DiffusionLM(dataclasses.replace(model.config, causal=True, shift=True))
     return random_weights(causal, model.wte.weight.device, model.wte.weight.dtype)
 
-def prepare(args, device, preset, sizes, model=None, **more):
+def prepare(args, device, preset, sizes, **more):
     """Checks the settings of all runs, [(prompt_len, gen_length)], and prints the conditions
     -> model, conditions."""
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     with torch.device("meta"):
-        model = model or (None if args.ckpt else DiffusionLM(PRESETS[preset]))
+        model = None if args.ckpt else DiffusionLM(PRESETS[preset])
     model = model or load(args.ckpt, device, dtype or "auto")[0]
     config, size = model.config, sum(p.numel() for p in model.parameters())
     for P, G in sizes:
@@ -314,63 +306,9 @@ def scale(args, device):
     print("the prompt is a quarter of the total length, a step generates a token, blocks of "
           f"32 where that divides the rest; {said(args.sample)}\n\n{line(SCALE)}")
     for P, G in sizes:
-        todo = runs(args.caches or ("decode", "greedy", "dual", "local"), args.window,
-                    args.refresh or 8)
+        todo = runs(args.caches or CACHES, args.window, args.refresh or 8)
         found += Bench(model, B, P, G).compare(todo, args, SCALE)
     return dict(conditions=how, sampled=args.sample, runs=found)
-
-def rivals(args, device):
-    model, tokenizer = load_problems(args)
-    guider = load_guider(args.guider, tokenizer, args.device, "auto")
-    _, how = prepare(args, device, None, [], model, guider=args.guider, n=args.n)
-    same, left, found, G = same_size(model), [], [], model.extra["gen_length"]
-    guider.extra = same.extra = model.extra
-    guided, sure = dict(cache="guided", guider=guider), dict(threshold=0.99)
-    todo = {name: dict(cache="autoregressive", model=causal)
-            for name, causal in (("AR, same size", same), ("AR, the guider", guider))}
-    todo |= runs(("decode", "greedy", "local", "dual", "freecache"), args.window, 8, G)
-    todo["greedy 8"]["remasking"] = model.extra["known_order"]
-    todo |= {"none, threshold 0.99": sure, "local, threshold 0.99": sure | dict(cache="local"),
-             "guided": guided, "guided, topk_relative": guided | dict(accept="topk_relative"),
-             "guided, FreeCache": guided | dict(window=(0, G)),
-             "guided, window 8": guided | dict(window=(8, G)),
-             "self": dict(cache="guided", accept="self")}
-
-    def end(_, given, logits):  # left: the tokens that each row of `same` has yet to write
-        if 1 in left:
-            logits[torch.tensor(left) == 1, :, model.config.eos_id] = torch.inf
-        left[:] = [n - 1 for n in left if n > 1]
-    same.register_forward_hook(end)
-
-    def answer(name, first, B):
-        problems = model.extra["problems"][:args.n][first:first + B]
-        left[:] = [len(tokenizer.encode(right)) + 1 for _, right in problems]
-        own = dict(model=model, first=first, n=len(problems), batch_size=B, stop_at_eos=True)
-        return answer_problems(tokenizer=tokenizer, **own | todo[name])
-
-    print(f"all runs stop at EOS\n\n{line(RIVALS)}")
-    for B in [args.batch] if args.batch else [1, 4]:
-        parts = {}
-        for name in todo:
-            with contextlib.suppress(ValueError):  # refused: too few steps for the blocks
-                answer(name, 0, B)  # warms up
-                parts[name] = []
-        turns = [*itertools.product(range(0, args.n, B), range(args.repeats), parts)]
-        for first, _, name in tqdm(turns, unit="run", leave=False, disable=None):
-            parts[name].append(answer(name, first, B))
-        for name, part in parts.items():
-            seconds = np.reshape([a.seconds for a in part], (-1, args.repeats))
-            total, part = float(np.median(seconds, 1).sum()), part[::args.repeats]
-            tokens = sum(min(len(cut(row, model.config)) + 1, G) for a in part for row in a.ids)
-            calls, guiders = (sum(getattr(a, n) for a in part) / len(part)
-                              for n in ("forwards", "guider_forwards"))
-            base = total if todo[name].get("model") is same else base  # the first one
-            found.append(dict(batch=B, run=name, seconds=total / args.n, times_ar=total / base,
-                              tokens_per_s=tokens / total, forwards=calls, guider=guiders or None,
-                              exact=None if total is base else
-                              sum(sum(a.right) for a in part) / args.n))
-            print(line(RIVALS, found[-1]), flush=True)
-    return dict(conditions=how, runs=found)
 
 def main(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -386,10 +324,7 @@ def main(argv=None):
              "over a minute, and with --scale)")):
         p.add_argument(flag, type=int, metavar=unit, help=text)
     p.add_argument("--caches", nargs="+", choices=CACHES, metavar="NAME",
-                   help=f"of {', '.join(CACHES)} (all; --scale: a few)")
-    p.add_argument("--rivals", action="store_true", help="answer problems: see above")
-    p.add_argument("--guider", metavar="NAME", help="of --rivals (guider)")
-    p.add_argument("--n", type=int, help="problems of --rivals (100)")
+                   help=f"of {', '.join(CACHES)} (all)")
     p.set_defaults(window=4, repeats=3)
     p.add_argument("--device", metavar="auto|cpu|cuda|cuda:N|mps", default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
@@ -398,25 +333,17 @@ def main(argv=None):
                    help=f"growth over these total lengths ({' '.join(map(str, LENGTHS))})")
     args = p.parse_args(argv)
     check_bounds(args, prompt_len=1, gen_length=1, batch=1, repeats=1, refresh=1, window=0,
-                 sample=0, steps=1, block_length=1, n=1)
+                 sample=0, steps=1, block_length=1)
     if args.sample == 1:
         raise ValueError("--sample is 1, and has to be 0 (every step) or at least 2")
     if args.json is not None:
         check_out(args.json, "--json")
-    mode, idle = table, ("guider", "n")
-    lengths = "prompt_len", "gen_length", "steps", "block_length"
+    mode = table
     if args.scale is not None:
-        mode, idle = scale, (*idle, *lengths)
-        args.sample = 16 if args.sample is None else args.sample
-    elif args.rivals and not args.preset:
-        mode, idle = rivals, (*lengths, "caches", "refresh", "sample", "dtype")
-        args.ckpt, args.n = args.ckpt or "tiny", args.n or 100
-        args.guider = args.guider or "guider"
-    elif args.rivals:
-        print("without a text: thresholds and guided, which depend on it, are left out")
-    for name in idle:
-        if getattr(args, name) not in (None, "auto"):
-            raise ValueError(f"--{name.replace('_', '-')} has no effect here: leave it out")
+        mode, args.sample = scale, 16 if args.sample is None else args.sample
+        for name in "prompt_len", "gen_length", "steps", "block_length":
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} has no effect here: leave it out")
     line = json.dumps(mode(args, torch.device(pick_device(args.device))))
     print("\n" + line)
     if args.json is not None:

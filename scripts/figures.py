@@ -23,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from dkv_min import KVCache, generate
 from scripts import bench
-from scripts.accuracy import NEVER, load_problems, parser, settings
+from scripts.accuracy import load_problems, parser, settings
 from support.checkpoint import atomic_write, first_line
 from support.cli import ROOT, check_bounds, check_out, launch, pick_device
 from support.evaluate import encode

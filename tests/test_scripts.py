@@ -12,6 +12,7 @@ from conftest import REFUSED, random_model
 from caches import CACHES, COSTS
 from dkv_min import cache_cost, generate
 from model import save
+import sample
 from scripts import accuracy, bench, figures
 from support.arithmetic import work
 from support.evaluate import encode, text_of
@@ -60,51 +61,145 @@ def test_intervals():
     same, low, high = accuracy.paired(a, a)
     assert same == 0 and low < 0 < high  # never certain
 
-def test_a_run_on_two_problems_and_resuming(tmp_path):
+@pytest.fixture(scope="module")
+def guider():
+    return random_model(1, torch.float32, vocab_size=260, n_vocab=258, mask_id=257, eos_id=256,
+                        eot_id=None, causal=True, shift=True)
+
+def test_the_league_on_two_problems_and_resuming(tmp_path, guider):
     model, prompts = toy(tmp_path / "a.pt")
-    log, other = tmp_path / "log", tmp_path / "other"
-    rules = ["one-a-step", "threshold-0.9"]
+    save(tmp_path / "g.pt", guider, build_tokenizer("some text ", 258))
+    log, other, table = tmp_path / "log", tmp_path / "other", tmp_path / "table.json"
+    rules = ["autoregressive", "one-a-step", "threshold-0.9", "guided"]
     runs = accuracy.runs(model, rules)
-    ask = ["--ckpt", tmp_path / "a.pt", "--n", 2, "--batch-size", 1, "--workers", 1,
-           "--rules", *rules, "--log", log]
-    printed = run(accuracy.main, *ask)
+    ask = ["--ckpt", tmp_path / "a.pt", "--n", 2, "--batch-size", 1, "--workers", 1, "--guider",
+           tmp_path / "g.pt", "--log", log]
+    printed = run(accuracy.main, *ask, "--rules", *rules, "--json", table)
     lines = log.read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[4:]]
     parts = {(part["run"], part["first"]): part for part in map(json.loads, lines[1:])}
-    assert len(rows) == len({str(how) for _, how, _ in runs}) == 26 and len(parts) == 52
+    assert len(rows) == len({str(how) for _, how, _ in runs}) == 31 and len(parts) == 62
     agreements, full = set(), cost(prompts[:2], dict(cache="none"))
     for i, (row, (rule, how, base)) in enumerate(zip(rows, runs)):
-        mine, none = ([parts[j, 0], parts[j, 1]] for j in (i, base))
+        mine, none = ([parts[j, 0], parts[j, 1]] for j in (i, i if base is None else base))
         ran, steps = (sum(part[key] for part in mine) for key in ("ran", "steps"))
-        if how["cache"] in COSTS and "threshold" not in how:
-            assert ran == cost(prompts[:2], how) and steps == 32 * how.get("steps", 1)
+        if how["cache"] in COSTS and rule == "one-a-step":
+            assert ran == cost(prompts[:2], how) and steps == 32
         assert row[0] == rule.replace("-", " ") and row[1].startswith(how["cache"])
-        assert row[2].startswith(f"{50 * sum(part['right'][0] for part in mine):.1f}% [")
+        share = f"{50 * sum(part['right'][0] for part in mine):.1f}% ["
+        assert row[2].startswith(share) if i else not row[2]  # its weights are random
         assert row[4:6] == [f"{full / ran:.2f}x", f"{steps / 2:.1f}"]
+        times = [part["seconds"][0] / parts[0, part["first"]]["seconds"][0] for part in mine]
+        assert row[8] == f"{sum(times) / 2:.2f}"
+        if base in (None, i):
+            assert row[3] == row[6] == ""
+            continue
         # the two columns of the comparison with no cache under the same rule
         assert (runs[base][0], runs[base][1]["cache"]) == (rule, "none")
         pairs = [*zip(mine, none)]
         points = sum(50 * (here["right"][0] - there["right"][0]) for here, there in pairs)
         same = sum(x == y for here, there in pairs for x, y in zip(here["ids"][0], there["ids"][0]))
-        assert row[3].startswith(f"{points:+.1f} [" if i != base else "")
-        assert row[6] == (f"{100 * same / 32:.1f}%" if i != base else "")
+        assert row[3].startswith(f"{points:+.1f} [") and row[6] == f"{100 * same / 32:.1f}%"
         agreements.add(same)
-    assert rows[0][2].startswith("50.0% [") and len(agreements) > 1
-    # each rule has every cache but those that it refuses
-    for rule in accuracy.RULES:
-        known = {how["cache"] for _, how, _ in accuracy.runs(model, [rule])}
-        refuses = {"greedy"} if rule != "left-to-right" else set()
-        assert known == {*CACHES} - {"autoregressive", "guided"} - refuses
+    assert rows[2][2].startswith("50.0% [") and len(agreements) > 1
+    # the model to beat writes as many tokens as the right answers have, one in each forward
+    n = [min(16, len(answer.encode()) + 1) for _, answer in model.extra["problems"][:2]]
+    assert [parts[0, i]["steps"] for i in (0, 1)] == [parts[0, i]["tokens"][0] for i in (0, 1)] == n
+    found = json.loads(table.read_text())["runs"]
+    assert [row["cache"] for row in found] == [row[1].split(", 0%")[0] for row in rows]
     part = run(accuracy.main, *ask[:8], "--rules", "threshold-0.9", "--caches", "local", "greedy")
     row, = (line for line in printed.splitlines() if line.startswith("| threshold 0.9 | local"))
-    assert part.splitlines()[-1] == row and len(part.splitlines()) == 6
+    row, last = (line.split("|")[:8] for line in (row, part.splitlines()[-1]))  # without times
+    assert last == row and len(part.splitlines()) == 6
     log.write_text("\n".join(lines[:45]) + "\n" + lines[45][:20])  # as a killed run leaves it
-    assert run(accuracy.main, *ask) == printed
-    assert sorted(log.read_text().splitlines()) == sorted(lines)
+    run(accuracy.main, *ask, "--rules", *rules)
+    again = [*map(json.loads, log.read_text().splitlines()[1:])]
+    assert {(a["run"], a["first"]): a["ids"] for a in again} == {
+        key: part["ids"] for key, part in parts.items()} and len(again) == 62
+    assert all(part in again for part in [*map(json.loads, lines[1:45])])
     other.write_bytes(b"\xff{ not ours\n")
     for flags in (["--n", 1], ["--log", other]):
-        refused(accuracy.main, [*ask, *flags], "is not a log of this")
+        refused(accuracy.main, [*ask, "--rules", *rules, *flags], "is not a log of this")
     assert other.read_bytes() == b"\xff{ not ours\n"
+
+def test_each_rule_has_every_cache_but_those_that_it_refuses(tmp_path, guider):
+    model, _ = toy(tmp_path / "a.pt")
+    for rule in accuracy.RULES.keys() - accuracy.RIVALS.keys():
+        known = {how["cache"] for _, how, _ in accuracy.runs(model, [rule], CACHES)}
+        refuses = {"greedy"} if rule != "left-to-right" else set()
+        assert known == {*CACHES} - {"autoregressive", "guided"} - refuses
+    guider.extra = model.extra
+    causal = [(rule, how["cache"]) for rule, how, _ in accuracy.runs(guider)]
+    assert causal == [("left-to-right", "none"), ("left-to-right", "autoregressive")]
+
+def test_a_text_and_its_judge(tmp_path, guider):
+    (model, _), tokenizer = toy(tmp_path / "a.pt"), build_tokenizer("some text ", 258)
+    text = "ab " * 500
+    save(tmp_path / "g.pt", guider, tokenizer)
+    (tmp_path / "a.txt").write_text(text)
+    problems = accuracy.continuations(tmp_path / "a.txt", model, tokenizer, 3)
+    # the context of 64 is twice a prompt of 16 and its 16 tokens
+    tail = text[1350:]
+    assert problems == [(tail[i:i + 16], tail[i + 16:i + 32]) for i in (0, 59, 118)]
+    printed = run(accuracy.main, "--ckpt", tmp_path / "a.pt", "--data", tmp_path / "a.txt",
+                  "--judge", tmp_path / "g.pt", "--n", 3, "--workers", 1, "--rules",
+                  "autoregressive", "two-a-step", "--caches", "local", "--log", tmp_path / "log")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[4:]]
+    ids = {part["run"]: part["ids"] for part in
+           map(json.loads, (tmp_path / "log").read_text().splitlines()[1:])}
+    texts = [*([tokenizer.decode(row) for row in ids[i]] for i in range(3)),
+             [right for _, right in problems]]
+    for row, found in zip(rows, texts):
+        nats, grams = [], []
+        for (prompt, _), written in zip(problems, found):
+            given, new = tokenizer.encode(prompt), tokenizer.encode(written)
+            logp = guider(torch.tensor([given + new])).log_softmax(-1)[0, len(given) - 1:-1]
+            nats.append(-logp.gather(1, torch.tensor(new)[:, None]).sum().item())
+            nats[-1] /= len(written.encode())
+            grams += [tuple(new[i:i + 4]) for i in range(len(new) - 3)]
+        assert row[2].startswith(f"{sum(nats) / 3:.3f} [")
+        assert row[4] == f"{100 * len(set(grams)) / len(grams):.1f}%"
+    assert [row[0] for row in rows] == ["autoregressive", "two a step", "two a step",
+                                        "held-out text"]
+
+@pytest.mark.parametrize("text, pattern, expected", [
+    ("3 + 4 #### 7", None, 7), ("#### 1 and then ####  $1,234.00\nso", None, 1234),
+    ("#### seven.", None, "seven"), ("no number", None, "no number"), ("it is 18", r"\d+", 18),
+    ("", r"\d+", ""), ("first 3, then 5 apples", r"(\d+) apples|never", 5)])
+def test_results(text, pattern, expected):
+    assert accuracy.result_of(text, pattern or accuracy.HASHES) == expected
+
+def test_problems_in_the_format_of_gsm8k(tmp_path):
+    model, _ = toy(tmp_path / "a.pt")
+    data, prompts, out = (tmp_path / name for name in ("d.jsonl", "p.jsonl", "a.jsonl"))
+    right = model.extra["problems"][1][1]
+    pairs = [("one", 1), ("who", "so #### 2"), ("and now", right)]
+    data.write_text("".join(json.dumps(dict(question=q, answer=a)) + "\n" for q, a in pairs))
+    run(accuracy.main, "--data", data, "--few-shot", 1, "--prompts", prompts)
+    asked = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    start = "Question: one\nAnswer: 1\n\nQuestion: "
+    assert asked == [start + "who\nAnswer:", start + "and now\nAnswer:"]
+    refused(accuracy.main, ["--data", data, "--few-shot", 3, "--prompts", prompts], "--few-shot 3")
+    ask = "--data", data, "--pattern", "(?s).*"
+    run(accuracy.main, *ask, "--prompts", prompts)
+    run(sample.main, "--ckpt", tmp_path / "a.pt", "--prompts", prompts, "--out", out, "--cache",
+        "all", "--no-delay")
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    *_, last = answers
+    out.write_text("\n".join(map(json.dumps, answers[:-1])))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
+            run(accuracy.main, *ask, "--answers", out).splitlines()[2:]]
+    caches = list(dict.fromkeys(answer["cache"] for answer in answers))
+    assert [row[0].split(",")[0] for row in rows] == caches
+    for (name, answered, exact, forwards, fewer), cache in zip(rows, caches):
+        its = [a for a in answers[:-1] if a["cache"] == cache]
+        hits = sum(a["prompt"] == "and now" and a["text"].strip() == right for a in its)
+        assert exact.startswith(f"{100 * hits / len(its):.1f}% [") and forwards == "16.0"
+        assert answered == f"{len(its)} of 3" and (len(its) == 2) == (cache == last["cache"])
+        full, ran = (sum(a[f"positions_{name}"] for a in its) for name in ("full", "run"))
+        assert fewer == f"{full / ran:.2f}x"
+    assert rows[0][2].startswith("33.3%")
+    refused(accuracy.main, [*ask, "--few-shot", 1, "--answers", out], "repeat the flags")
 
 def run_bench(path, *flags):
     """-> what it printed; the JSON of its last line and of its file, the same; the runs by name."""
@@ -172,30 +267,6 @@ def test_sampled_runs_add_up(monkeypatch, cache, block_length):
         assert few["positions"] == cache_cost(12, 24, **how)
     assert few["forwards"] == every["forwards"] == 24
     assert few["seconds"] == pytest.approx(every["seconds"], rel=0.02)
-
-@pytest.mark.slow
-def test_rivals(tmp_path):
-    """AR of the same size writes as many tokens as the right answers have, in as many forwards."""
-    model, _ = toy(tmp_path / "a.pt")
-    guider = random_model(1, torch.float32, vocab_size=260, n_vocab=258, mask_id=257, eos_id=256,
-                          eot_id=None, causal=True, shift=True)
-    save(tmp_path / "g.pt", guider, build_tokenizer("some text ", 258))
-    guider.extra = model.extra
-    causal = [(rule, how["cache"]) for rule, how, _ in accuracy.runs(guider)]
-    assert causal == [("left-to-right", "none"), ("left-to-right", "autoregressive")]
-    printed = run(bench.main, "--rivals", "--ckpt", tmp_path / "a.pt", "--guider",
-                  tmp_path / "g.pt", "--repeats", 2, "--n", 2)
-    rows = json.loads(printed.splitlines()[-1])["runs"]
-    (_, one), (_, two), _ = model.extra["problems"]
-    for B, same in zip((1, 4), (rows[0], rows[len(rows) // 2])):
-        n = [min(16, len(answer.encode()) + 1) for answer in (one, two)]
-        assert (same["run"], same["batch"], same["exact"]) == ("AR, same size", B, None)
-        assert same["forwards"] == (sum(n) / 2 if B == 1 else max(n)) and same["times_ar"] == 1
-        assert same["tokens_per_s"] * same["seconds"] * 2 == pytest.approx(sum(n))
-    exact = {(row["batch"], row["run"]): row["exact"] for row in rows}
-    assert exact[1, "none"] == exact[4, "none"] == 0.5 and len(rows) == 2 * 18
-    assert all((row["guider"] or 0) == row["forwards"] * (row["run"][:6] == "guided")
-               for row in rows)
 
 def test_the_arithmetic():
     """Against what torch counts in the matrix products and the attention."""
