@@ -191,7 +191,7 @@ def test_problems_in_the_format_of_gsm8k(tmp_path):
             run(accuracy.main, *ask, "--answers", out).splitlines()[2:]]
     caches = list(dict.fromkeys(answer["cache"] for answer in answers))
     assert [row[0].split(",")[0] for row in rows] == caches
-    for (name, answered, exact, forwards, fewer), cache in zip(rows, caches):
+    for (name, answered, exact, fewer, forwards), cache in zip(rows, caches):
         its = [a for a in answers[:-1] if a["cache"] == cache]
         hits = sum(a["prompt"] == "and now" and a["text"].strip() == right for a in its)
         assert exact.startswith(f"{100 * hits / len(its):.1f}% [") and forwards == "16.0"
