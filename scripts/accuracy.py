@@ -9,10 +9,9 @@ python scripts/accuracy.py --data gsm8k.jsonl --few-shot 4 --answers a.jsonl   g
 
 Prints a table in markdown. A run is compared, problem by problem, with the one without a cache
 under the same rule, its positions with those of one token a step without a cache. Caches that a
-rule refuses are left out. Of entropy the share of the steps in which everything runs is printed.
-Intervals are 95%: Wilson's for a share, Bonett and Price's (2012) for the difference of two shares
-on the same problems. They assume that all problems are different, which holds for the bundled
-model's (969 of 1,000).
+rule refuses are left out. Intervals are 95%: Wilson's for a share, Bonett and Price's (2012) for
+the difference of two shares on the same problems. They assume that all problems are different,
+which holds for the bundled model's (969 of 1,000).
 
 "AR, same size" is the line to cross: a causal model of the same shape with random weights that is
 made to end where the right answer ends. The runs take turns, batch by batch. tokens/s counts to the
@@ -44,7 +43,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from caches import CACHES, LOOPS
-from model import causal_loss, every_token
+from model import causal_loss
 from scripts.bench import same_size
 from support.checkpoint import atomic_write
 from support.cli import (Parser, check_bounds, check_out, launch, load_checkpoint, load_guider,
@@ -130,22 +129,18 @@ def start_worker(args, problems):
 
 def answer(how, run, first, n):
     """Run number `run`, with the settings `how`, on n problems -> dict of lists and counts; `full`
-    is what one token a step without a cache would run, `wide` counts steps that run everything."""
-    model, wide, given = models[how.get("model")], [], settings(models[None], how)
+    is what one token a step without a cache would run."""
+    model, given = models[how.get("model")], settings(models[None], how)
     if "guider" in given:
         given["guider"] = models["guider"]
-    if how["cache"] == "entropy":  # only there it is not known ahead. Beyond a row's end x is -1
-        given["on_step"] = lambda _, x, ran, new: wide.append((ran | (x < 0)).all(1).sum())
     for _ in range(1 if run in warm else 2):  # a worker's first call of each kind is slow
-        wide.clear()
         left[:] = [len(tokenizer.encode(right)) + 1
                    for _, right in model.extra["problems"][first:first + n]]
         a = answer_problems(model, tokenizer, first, n, batch_size=n, **given)
     warm.add(run)
     tokens = sum(min(len(cut(ids, model.config)) + 1, len(ids)) for ids in a.ids)
     return dict(run=run, first=first, right=a.right, ids=a.ids, ran=a.positions_run,
-                full=a.positions_full, steps=a.steps, wide=int(sum(wide)), tokens=[tokens],
-                seconds=[a.seconds])
+                full=a.positions_full, steps=a.steps, tokens=[tokens], seconds=[a.seconds])
 
 def read_log(path, head):
     """-> what an earlier call has logged, {} if there is nothing. Only a whole line counts."""
@@ -167,7 +162,7 @@ def collect(args, runs, problems):
     with the conditions, and what an earlier call has logged is not answered again."""
     n, size, path = len(problems), args.batch_size, args.log
     head = dict(n=n, batch_size=size, device=args.device, weights=args.weights, runs=repr(runs),
-                guider=args.judge or args.guider)
+                guider=args.judge or args.guider, data=args.data)
     parts, firsts = read_log(path, head), range(0, n, size)
     left = [(how, run, first, min(size, n - first)) for first in firsts
             for run, (_, how, _) in enumerate(runs) if (run, first) not in parts]
@@ -186,7 +181,7 @@ def collect(args, runs, problems):
     except BrokenProcessPool:
         raise ValueError("a worker process was killed, perhaps because memory ran out: "
                          "try --workers 1 (with a log, the same command resumes)") from None
-    zeros = dict(right=[], ids=[], ran=0, full=0, steps=0, wide=0, tokens=[], seconds=[])
+    zeros = dict(right=[], ids=[], ran=0, full=0, steps=0, tokens=[], seconds=[])
     return [{key: sum((parts[run, first][key] for first in firsts), zero)
              for key, zero in zeros.items()} for run in range(len(runs))]
 
@@ -213,9 +208,10 @@ def mean(values, z=1.96):
     return middle, middle - half, middle + half
 
 FORMS = {"rule": "{}", "cache": "{}", "run": "{}", "answered": "{:,} of {:,}",
-         "exact": "{:.1f}% [{:.1f}, {:.1f}]", "points to none": "{:+.1f} [{:+.1f}, {:+.1f}]",
-         "nats per byte": "{:.3f} [{:.3f}, {:.3f}]", "to none": "{:+.3f} [{:+.3f}, {:+.3f}]",
-         "distinct 4-grams": "{:.1%}", "fewer positions": "{:.2f}x", "forwards": "{:.1f}",
+         "exact": "{:.1f}% [{:.1f}, {:.1f}]", "against none": "{:+.1f} [{:+.1f}, {:+.1f}]",
+         "nats per byte": "{:.3f} [{:.3f}, {:.3f}]",
+         "nats against none": "{:+.3f} [{:+.3f}, {:+.3f}]", "distinct 4-grams": "{:.1%}",
+         "fewer positions": "{:.2f}x", "forwards": "{:.1f}",
          "same tokens": "{:.1%}", "tokens/s": "{:,.0f}", "times AR": "{:.2f}"}
 
 def print_table(rows):
@@ -236,12 +232,10 @@ def row(rule, name, how, mine, base, ar):
     elif how.get("model") != "same size":  # its weights are random
         found["exact"] = wilson(sum(mine["right"]), n)
     if base and base is not mine:
-        found |= {"points to none": paired(mine["right"], base["right"])} if "exact" in found else {
-            "to none": mean([x - y for x, y in zip(mine["nats"], base["nats"])])}
+        found |= {"against none": paired(mine["right"], base["right"])} if "exact" in found else {
+            "nats against none": mean([x - y for x, y in zip(mine["nats"], base["nats"])])}
         pairs = [pair for ids in zip(mine["ids"], base["ids"]) for pair in zip(*ids)]
         found["same tokens"] = sum(x == y for x, y in pairs) / len(pairs)
-    if how["cache"] == "entropy":
-        found["cache"] += f", {mine['wide'] / mine['steps']:.0%} of steps full"
     if ar:
         times = [x / y for x, y in zip(mine["seconds"], ar["seconds"])]
         found["times AR"] = statistics.median(times)
@@ -417,7 +411,7 @@ def main(argv=None):
     p.add_argument("--pattern", default=HASHES, metavar="REGEX",
                    help="the result is the last match's last group ('#### RESULT')")
     args = p.parse_args(argv)
-    check_bounds(args, n=1, batch_size=1, workers=1, threads=1, few_shot=0)
+    check_bounds(args, n=2 if args.judge else 1, batch_size=1, workers=1, threads=1, few_shot=0)
     for flag in "log", "json", "prompts":
         if getattr(args, flag) is not None:
             check_out(getattr(args, flag), f"--{flag}")
