@@ -96,7 +96,7 @@ def nll(model, ids, P, generator, mc_num=128, cfg_scale=0.0):
         # masks of the rows: from a random number on, spread evenly over 1..L
         k = torch.randint(1, L + 1, (1,), generator=generator) + torch.arange(B) * L / B
         n = (k.round().long() - 1) % L + 1                                     # (B,)
-        masked = torch.rand(B, L, generator=generator).argsort(1).argsort(1) < n[:, None]
+        masked = torch.rand(B, L, generator=generator).argsort(1) < n[:, None]
         masked = masked.to(device) | config.causal                             # (B, L)
         seen = x if config.causal else x.masked_fill(F.pad(masked, (P, 0)), config.mask_id)
         s = SimpleNamespace(x=seen, P=P, T=len(ids), pad=None, config=config, cfg_scale=cfg_scale)

@@ -10,6 +10,7 @@ from test_scripts import toy
 
 from dkv_min import generate
 from support.evaluate import CHATS, encode, nll, text_of
+from support.prompts import draws
 from support.tokenizer import PATTERN, Tokenizer
 
 @pytest.fixture
@@ -72,7 +73,8 @@ def test_likelihoods(build):
         encode=lambda text, special=False: [ord(c) % 40 for c in text])
     best = "".join(chr(80 + i) for i in generate(lm.model, [[33]], gen_length=3).tokens[0][1:])
     (a, right), (b, wrong), (c, _) = ask(lm.loglikelihood, ("I", best), ("I  ", "b"), ("", "b"))
-    assert right and not wrong and max(a, b) < 0
+    assert right and not wrong and a < 0
+    assert b == pytest.approx(-nll(lm.model, lm.encode("I  b"), 1, draws(0, 1), 4))
     assert c == pytest.approx(-nll(lm.model, [1, ord("b") % 40], 1, None, 1))
 
 @pytest.mark.parametrize("chat", CHATS)
