@@ -152,11 +152,11 @@ def launch(main):
         if not re.search("MemoryError|out of memory|ALLOC_FAILED|allocate memory", repr(e)):
             raise
         fault = "there is not enough memory for this: lower --batch-size, or the lengths"
-    except OSError as e:  # stdout cannot be written
+    except OSError as e:  # stdout cannot be written; without strerror it is lm_eval's data
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(e, BrokenPipeError):  # not a fault: the reader has closed the pipe
             sys.exit(0)
-        fault = f"cannot write the output: {e.strerror}"
+        fault = f"cannot write the output: {e.strerror}" if e.strerror else first_line(e)
     signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun's must not cut the sentence off
     if first_to_speak():
         bar = "\n" * (ranks()[1] > 1)  # leaves the line of a dead process's progress bar

@@ -1,11 +1,12 @@
 """Asks a model something and judges its answer: the one place that applies a checkpoint's
-template, and the one that answers its held-out problems and counts."""
+template, the one that answers its held-out problems and counts, and an answer's likelihood."""
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from dkv_min import generate
+from dkv_min import forward, generate
 
 # the tokens of a conversation: its begin; before a turn; with the turn's text; after the turn
 CHATS = {
@@ -30,6 +31,15 @@ def encode(turns, tokenizer, extra, raw=False):
     template = "{}" if raw else extra.get("template", "{}")  # the toy's: a question and a newline
     parts = [text + "\n" if i % 2 else template.replace("{}", text) for i, text in enumerate(turns)]
     return tokenizer.encode("".join(parts))
+
+def chat_text(messages, chat, ask=True):
+    """Messages with role and content -> the text whose ids encode gives, special tokens spelled.
+    ask: a turn of the model begins after them; else the last one is the beginning of its turn."""
+    begin, mark, head, after = CHATS[chat]
+    begin = "" if messages[0]["role"] in begin else begin  # they have their own system message
+    said = str.strip if chat == "llada" else str
+    turns = [(mark + head).format(m["role"]) + said(m["content"]) for m in messages]
+    return begin + after.join(turns + [(mark + head).format("assistant")] * ask)
 
 def cut(ids, config):
     """The ids up to the first end of text or of turn."""
@@ -72,3 +82,25 @@ def answer_problems(model, tokenizer, first=0, n=None, batch_size=50, **settings
         found.positions_run += sum(result.positions_run)
         found.positions_full += settings["gen_length"] * sum(map(len, result.tokens))
     return found
+
+def nll(model, ids, P, generator, mc_num=128, cfg_scale=0.0):
+    """-> LLaDA's bound on the negative log likelihood of ids from P on, in nats, as its
+    get_log_likelihood.py estimates it from mc_num samples. For one token it is exact and takes one.
+    A causal model's is exact too. Forwards run everything: no cache has an effect."""
+    config, L, device = model.config, len(ids) - P, model.wte.weight.device
+    B = 1 if config.causal or L == 1 else min(mc_num, 16)  # rows of a draw
+    n_draws = mc_num // B if L > 1 and not config.causal else 1
+    x, rows = torch.tensor([ids] * B), torch.arange(P, len(ids)).expand(B, L)
+    x, rows, loss = x.to(device), rows.to(device), 0.0
+    for _ in range(n_draws):
+        # masks of the rows: from a random number on, spread evenly over 1..L
+        k = torch.randint(1, L + 1, (1,), generator=generator) + torch.arange(B) * L / B
+        n = (k.round().long() - 1) % L + 1                                     # (B,)
+        masked = torch.rand(B, L, generator=generator).argsort(1) < n[:, None]
+        masked = masked.to(device) | config.causal                             # (B, L)
+        seen = x if config.causal else x.masked_fill(F.pad(masked, (P, 0)), config.mask_id)
+        s = SimpleNamespace(x=seen, P=P, T=len(ids), pad=None, config=config, cfg_scale=cfg_scale)
+        logits = forward(model, s, None, rows, None)                           # (B, L, V)
+        ce = F.cross_entropy(logits.mT, x[:, P:], reduction="none")            # (B, L)
+        loss += (ce * masked * L / masked.sum(1, keepdim=True)).sum().item() / B
+    return loss / n_draws
