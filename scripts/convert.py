@@ -27,14 +27,10 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from model import Config, DiffusionLM, load, stored  # noqa: E402
 from scripts.hf_tokenizer import from_folder, need, read_file  # noqa: E402
-from support.checkpoint import FORMAT, first_line, read  # noqa: E402
-from support.cli import ROOT, Parser, check_out, launch  # noqa: E402
+from support.checkpoint import FORMAT, atomic_write, first_line, read  # noqa: E402
+from support.cli import HUB, ROOT, Parser, check_out, launch  # noqa: E402
+from support.resume import remove_temps  # noqa: E402
 
-HUB = {"llada": "GSAI-ML/LLaDA-8B-Instruct", "llada-base": "GSAI-ML/LLaDA-8B-Base",
-       "llada-1.5": "GSAI-ML/LLaDA-1.5", "illada": "GSAI-ML/iLLaDA-8B-Instruct",
-       "dream": "Dream-org/Dream-v0-Instruct-7B", "dream-base": "Dream-org/Dream-v0-Base-7B",
-       "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct", "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
-       "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct"}
 SIZES = dict(zip(HUB.values(), 4 * [16.1e9] + 2 * [15.3e9] + [1e9, 3.1e9, 15.3e9]))  # in bytes
 INSTALL = "python -m pip install -r requirements-llada.txt"
 PIECE = 2**26  # bytes that are in memory at a time
@@ -233,34 +229,34 @@ def copy(source, like, bar, f=None):
         bar.update(piece.nbytes)
     return total
 
-def write(path, data, shards, names, bar):
-    """Lay the file out, fill its tensors, read them back. data: as save() of model.py writes it,
+def write(f, data, shards, names, bar):
+    """Lay the file f out, fill its tensors, read them back. data: as save() of model.py writes it,
     with weights that are allocated and never touched."""
-    with open(path, "wb") as f, torch.serialization.skip_data():
+    with torch.serialization.skip_data():
         torch.save(data, f)
-    weights, sums, reader = data["weights"], {}, torch._C.PyTorchFileReader(path)
+    f.flush()
+    weights, sums, reader = data["weights"], {}, torch._C.PyTorchFileReader(f.name)
     begin = {name: reader.get_record_offset(f"data/{i}") for i, name in enumerate(weights)}
     del reader  # Windows removes no open file
-    with open(path, "r+b") as f:
-        for shard, tensors in shards.items():
-            with opened(shard) as source:
-                for theirs in tensors:
-                    name = names[theirs]
-                    f.seek(begin[name])
-                    found = copy(source.get_slice(theirs), weights[name], bar, f)
-                    if sums.setdefault(name, found) != found:
-                        raise ValueError(
-                            "config.json says by weight_tying or tie_word_embeddings that head and "
-                            f"embedding are one, and the files have different ones: {theirs}")
-        f.flush()
-        os.fsync(f.fileno())
-        if hasattr(os, "posix_fadvise"):  # so that it is read back from the disk, not from memory
-            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for shard, tensors in shards.items():
+        with opened(shard) as source:
+            for theirs in tensors:
+                name = names[theirs]
+                f.seek(begin[name])
+                found = copy(source.get_slice(theirs), weights[name], bar, f)
+                if sums.setdefault(name, found) != found:
+                    raise ValueError(
+                        "config.json says by weight_tying or tie_word_embeddings that head and "
+                        f"embedding are one, and the files have different ones: {theirs}")
+    f.flush()
+    os.fsync(f.fileno())
+    if hasattr(os, "posix_fadvise"):  # so that it is read back from the disk, not from memory
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     bar.set_description("reading back")
-    for name, w in read(path)["weights"].items():
+    for name, w in read(f.name)["weights"].items():
         if copy(w, w, bar) != sums[name]:
-            raise ValueError(f"{path} does not read back as it was written ({name}): the disk may "
-                             "be faulty")
+            raise ValueError(f"{f.name} does not read back as it was written ({name}): the disk "
+                             "may be faulty")
 
 def fit_tokenizer(source, config, tokenizer, name, table):
     """-> the config with the tokenizer's ids, extra of the checkpoint, notes. name: one of HUB, if
@@ -333,24 +329,16 @@ def convert(source, out, dtype=None, name=None):
         print(f"note: {note}")
     data = {"format": FORMAT, "config": dataclasses.asdict(config), "weights": weights,
             "tokenizer": tokenizer.state() if tokenizer else None, "extra": extra}
-    temp = f"{out}.converting"
     with only_one(out) as written:
         if written:
             return print(f"{out} was written by the other process")
-        try:
-            if os.path.exists(temp):  # of a process that was killed
-                os.remove(temp)
-            room(out, size)
+        remove_temps(out)
+        room(out, size)
+        with atomic_write(out) as f:
             with tqdm(total=2 * size, unit="B", unit_scale=True, unit_divisor=1000,
                       desc="writing") as bar:
-                write(temp, data, shards, names, bar)
-            load(temp, "meta")  # everything that is checked on loading
-            os.replace(temp, out)
-        except (OSError, RuntimeError) as e:  # torch wraps some of the former in the latter
-            raise ValueError(f"cannot write {out}: {first_line(e)}") from None
-        finally:
-            if os.path.exists(temp):
-                os.remove(temp)
+                write(f, data, shards, names, bar)
+            load(f.name, "meta")  # everything that is checked on loading
 
 # the real ones, to compare a tokenizer with. LLaDA's special tokens in families.json are those of
 # its tokenizer_config.json, and the texts were spelled by other people's copies. iLLaDA's are

@@ -15,8 +15,11 @@ from support.processes import first_to_speak, ranks
 from support.settings import loop_settings
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-HUB = ("llada", "llada-base", "llada-1.5", "illada", "dream", "dream-base", "qwen2.5-0.5b",
-       "qwen2.5-1.5b", "qwen2.5-7b")  # scripts/convert.py fetches them by these names
+HUB = {"llada": "GSAI-ML/LLaDA-8B-Instruct", "llada-base": "GSAI-ML/LLaDA-8B-Base",
+       "llada-1.5": "GSAI-ML/LLaDA-1.5", "illada": "GSAI-ML/iLLaDA-8B-Instruct",
+       "dream": "Dream-org/Dream-v0-Instruct-7B", "dream-base": "Dream-org/Dream-v0-Base-7B",
+       "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct", "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+       "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct"}  # what scripts/convert.py fetches by these names
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):

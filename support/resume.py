@@ -43,7 +43,7 @@ def failures_in_a_sentence(out, resume):
                          f"{out}.train keeps the last save: resume with {resume}") from None
 
 def remove_temps(path):
-    """Removes the temporary files of a run that was killed while it saved."""
+    """Removes the temporary files of a process that was killed while it wrote."""
     for name in (path, path + ".train"):
         for temp in glob.glob(glob.escape(name) + ".[0-9]*.tmp"):
             os.remove(temp)

@@ -21,7 +21,7 @@ from model import LLADA_8B, load, stored
 from scripts.fake_hub import main as fake
 from scripts.fake_hub import shard_of, their_config
 from scripts.hf_tokenizer import LETTERS, QWEN2
-from support import cli, fast_cpu
+from support import fast_cpu
 from support.evaluate import encode
 from support.tokenizer import Tokenizer
 
@@ -136,27 +136,25 @@ def test_from_the_stand_in_to_an_answer(llada_dir, tmp_path):
     assert [*tmp_path.iterdir()] == [out]
 
 def test_the_real_names_and_shards(tmp_path):
-    """The facts of LLaDA-8B's index: 291 tensors, 8,015,581,184 parameters, six files."""
-    names = c.their_names(LLADA_8B, LLADA)
-    with torch.device("meta"):
-        ours = {n: p.numel() for n, p in c.DiffusionLM(LLADA_8B).state_dict().items()}
-    assert len(names) == len(set(names.values())) == 291 and set(names.values()) == set(ours)
-    assert sum(ours.values()) == 8_015_581_184
-    files = [shard_of(n, names, 32, LLADA["shards"]) for n in names]
-    assert [files.count(f"model-0000{k}-of-00006.safetensors") for k in range(1, 7)] == [
-        34, 20, 127, 60, 29, 21]
+    """The facts of the indexes: tensors, parameters, and LLaDA-8B's six files."""
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(their_config(LLADA_8B, LLADA)))
-    expected = vars(LLADA_8B) | {"n_vocab": 126464, "eot_id": None}
-    assert c.read_config(path) == ("llada", c.Config(**expected), [])
-    for family, tensors, parameters in ("dream", 339, 7_615_616_512), ("qwen2", 290, 494_032_768):
+    for family, tensors, parameters in (("llada", 291, 8_015_581_184),
+                                        ("dream", 339, 7_615_616_512), ("qwen2", 290, 494_032_768)):
         path.write_text(json.dumps(c.FAMILIES[family]["config"]))
         found, config, notes = c.read_config(path)
         with torch.device("meta"):
             ours = stored(c.DiffusionLM(config))
         names = c.their_names(config, c.FAMILIES[family])
         assert (found, notes, {*names.values()}) == (family, [], {*ours})
-        assert (len(names), sum(p.numel() for p in ours.values())) == (tensors, parameters)
+        assert len(names) == len({*names.values()}) == tensors
+        assert sum(p.numel() for p in ours.values()) == parameters
+    path.write_text(json.dumps(their_config(LLADA_8B, LLADA)))
+    expected = vars(LLADA_8B) | {"n_vocab": 126464, "eot_id": None}
+    assert c.read_config(path) == ("llada", c.Config(**expected), [])
+    names = c.their_names(LLADA_8B, LLADA)
+    files = [shard_of(n, names, 32, LLADA["shards"]) for n in names]
+    assert [files.count(f"model-0000{k}-of-00006.safetensors") for k in range(1, 7)] == [
+        34, 20, 127, 60, 29, 21]
 
 @pytest.mark.parametrize("name, config", OTHERS.items())
 def test_other_families_from_the_stand_in_to_an_answer(name, config, stand_ins, tmp_path):
@@ -223,7 +221,6 @@ def test_who_is_asked_in_a_chat_and_what_is_the_mask(stand_ins, tmp_path):
     assert fitted("qwen2", vocab_size=151665) == ("chatml", 151664)
     refused("Qwen2.5-7B", run=lambda: fitted("qwen2", "qwen2.5-7b", eos_token_id=151643))
     refused("<|mask|> is 151666", run=lambda: fitted("dream", mask_token_id=5))
-    assert (*c.HUB,) == cli.HUB
 
 @pytest.mark.parametrize("family, changes, words", TEXTS["configs"])
 def test_configs_of_other_families(family, changes, words, tmp_path):
@@ -348,7 +345,7 @@ def test_user_errors(script, args, words, small, tmp_path, monkeypatch):
 
 def test_too_little_room(small, tmp_path, monkeypatch):
     """The file that a killed run has left does not count as used. The message said 0.0 GB."""
-    usage, left = shutil.disk_usage(tmp_path), tmp_path / "out.pt.converting"
+    usage, left = shutil.disk_usage(tmp_path), tmp_path / "out.pt.123.tmp"
     monkeypatch.setattr(shutil, "disk_usage",
                         lambda path: usage._replace(free=12000 if left.exists() else 10**9))
     left.write_bytes(b"x" * 1000)
@@ -378,7 +375,7 @@ def test_a_file_that_does_not_read_back(small, monkeypatch):
 def test_two_at_once(small, tmp_path):
     """The second process waits for the first. It uses up what a killed one has left, and does not
     convert again if the first one has finished."""
-    out, temp, lock = (tmp_path / f"out.pt{end}" for end in ("", ".converting", ".lock"))
+    out, temp, lock = (tmp_path / f"out.pt{end}" for end in ("", ".123.tmp", ".lock"))
     said, err = tmp_path / "said", tmp_path / "err"
     for finished in (False, True):
         with FileLock(lock):

@@ -49,7 +49,7 @@ def wait(pid, until=lambda: False, pause=0.002):
 
 def working(folder):
     """Whether a run has begun its work: it prints, or has a file."""
-    files = [*folder.glob("*.converting"), *folder.glob("a.jsonl")]
+    files = [*folder.glob("*.tmp"), *folder.glob("a.jsonl")]
     return files or (folder / "out").stat().st_size
 
 def plain(x):
@@ -100,7 +100,7 @@ def killed(kind, folder, seconds, saving, rng):
 
 def check_kill(kind, folder, whole):
     """Reads the files of a killed run, resumes it and compares. -> {what: 0 or 1}"""
-    writing = any(folder.glob("*.tmp")) or any(folder.glob("*.converting"))
+    writing = any(folder.glob("*.tmp"))
     found = collections.Counter({"kills": 1, "while writing": writing, **dict.fromkeys(FAULTS, 0)})
     expected = {path.name: content(path) for path in whole.glob("a.*")}
     kept, answers = b"", folder / "a.jsonl"
