@@ -44,10 +44,6 @@ class PackedLinear(nn.Linear):
         self.packed = None
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args):
-        self.packed = None
-        super()._load_from_state_dict(*args)
-
     def __getstate__(self):  # copy.deepcopy and pickle: the packed copy is opaque to both
         return {**self.__dict__, "packed": None}
 
