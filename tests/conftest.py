@@ -51,6 +51,11 @@ def byte_model():
     model.extra = {"template": "{}\n"}
     return model, build_tokenizer("some text ", 258)
 
+def answers(path):
+    """-> the objects of an --out, without the times"""
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"}
+            for line in path.read_text().splitlines()]
+
 @pytest.fixture(scope="session")
 def model():
     return random_model()

@@ -1,6 +1,5 @@
 """Several processes, as torchrun starts them: most are forked by conftest.py, which saves seconds,
 and one test uses torchrun itself."""
-import json
 import os
 import re
 import signal
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, forked
+from conftest import ROOT, answers, forked
 
 from model import load
 from support.checkpoint import read
@@ -87,10 +86,6 @@ def test_sigterm_stops_all_at_the_same_step(whole, tmp_path):
     assert read(f"{path}.train")["step"] == 15
     codes, out, _ = forked(1, "train_tiny.py", "--resume", "--out", path)  # with fewer processes
     assert codes == [0] and losses(out[0]) == pytest.approx(whole[1][1:], abs=5e-3)
-
-def answers(path):
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"}
-            for line in path.read_text().splitlines()]
 
 @pytest.fixture(scope="module")
 def job(wordy, tmp_path_factory):
