@@ -124,7 +124,6 @@ def main(argv=None):
     for flag, default in ("--layers", 2), ("--width", 64), ("--heads", 4), ("--seed", 0):
         p.add_argument(flag, type=int, default=default, help=f"({default})")
     p.add_argument("--kv-heads", type=int, help="(as many as heads, or the real share)")
-    p.add_argument("--mlp", type=int, help="hidden width of the MLP (3 times the width)")
     p.add_argument("--qkv-bias", action="store_true")
     p.add_argument("--vocab", type=int, default=1000, help="tokens of the tokenizer (1000)")
     p.add_argument("--base", action="store_true", help="without header tokens, as the base model")
@@ -139,8 +138,7 @@ def main(argv=None):
         share = max(1, args.heads * config.n_kv_head // config.n_head)
         config = dataclasses.replace(
             config, n_layer=args.layers, n_head=args.heads, n_embd=args.width,
-            n_kv_head=share if args.kv_heads is None else args.kv_heads,
-            n_ff=3 * args.width if args.mlp is None else args.mlp,
+            n_kv_head=share if args.kv_heads is None else args.kv_heads, n_ff=3 * args.width,
             qkv_bias=args.qkv_bias or config.qkv_bias)
     if fault := config.fault():
         raise ValueError(f"these sizes do not work: {fault}")

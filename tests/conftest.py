@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).parent.parent
+ENDLESS = functools.reduce(lambda x, _: [x, x], range(40), ["ha"])  # 2**40 of them, in 40 lists
 REFUSED = json.loads((ROOT / "tests" / "refused.json").read_text(encoding="utf-8"))
 sys.path.insert(0, str(ROOT))  # so that `python -m pytest` works from anywhere
 

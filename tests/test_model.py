@@ -11,7 +11,7 @@ import zipfile
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REFUSED, ROOT, random_model
+from conftest import ENDLESS, REFUSED, ROOT, random_model
 
 import model as m
 from dkv_min import KVCache, generate
@@ -227,7 +227,6 @@ def test_saving_fails_without_harm(tmp_path, monkeypatch):
         m.save(path, random_model())
     assert path.read_bytes() == b"as it was" and list(tmp_path.iterdir()) == [path]
 
-ENDLESS = functools.reduce(lambda x, _: [x, x], range(40), ["ha"])
 RUN = b"\x80\x02cbuiltins\nprint\nX\x08\x00\x00\x00code ran\x85R."
 BOMB = b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x7f\x85R."  # two gigabytes of zeros
 CHANGES = [  # words of the sentence, a part of the saved dict, what is put there (...: nothing)

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 import regex
 import torch
-from conftest import REFUSED, ROOT, byte_model, scripts
+from conftest import ENDLESS, REFUSED, ROOT, byte_model, scripts
 
 from model import load, save
 from support import checkpoint
@@ -228,8 +228,7 @@ def test_what_stops_a_run_keeps_the_last_good_checkpoint(train):
 def test_resume_refuses_what_it_cannot_continue(train):
     train(SMALL + "--steps 2")
     state, resume = torch.load("a.pt.train"), "--resume --out b.pt"
-    endless = functools.reduce(lambda x, _: [x] * 4, range(40), "ha")  # a campaign hung on it
-    odd = {"ENDLESS": endless, "TENSOR": torch.ones(2)}
+    odd = {"ENDLESS": ENDLESS, "TENSOR": torch.ones(2)}  # a campaign hung on the first
     for name, value, words in REFUSED["resume"]:
         value = odd.get(value, value) if isinstance(value, str) else value
         torch.save(state | {"args": state["args"] | {name: value}}, "b.pt.train")
