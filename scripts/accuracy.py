@@ -43,12 +43,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from caches import CACHES, LOOPS
-from model import causal_loss
 from scripts.bench import same_size
 from support.checkpoint import atomic_write
 from support.cli import (Parser, check_bounds, check_out, launch, load_checkpoint, load_guider,
                          pick_device)
-from support.evaluate import answer_problems, cut
+from support.evaluate import answer_problems, cut, nll
 from support.settings import check
 from support.text import read_text
 from support.watch import label
@@ -261,11 +260,10 @@ def continuations(path, model, tokenizer, n):
 def judge(twin, tokenizer, problems, texts):
     """-> nats: of each text after its prompt, per byte, by the causal model twin; distinct: the
     share of distinct ones among the 4-grams of tokens of all texts"""
-    def total(text):
-        ids = torch.tensor([tokenizer.encode(text)], device=twin.wte.weight.device)
-        return causal_loss(twin, ids, torch.ones_like(ids).bool(), torch.ones_like(ids)).item()
-    nats = [(total(prompt + text) - total(prompt)) / max(1, len(text.encode()))
-            for (prompt, _), text in zip(problems, texts)]
+    nats = []
+    for (prompt, _), text in zip(problems, texts):
+        whole, given = (nll(twin, tokenizer.encode(t), 1, None) for t in (prompt + text, prompt))
+        nats.append((whole - given) / max(1, len(text.encode())))
     grams = [gram for ids in map(tokenizer.encode, texts)
              for gram in zip(ids, ids[1:], ids[2:], ids[3:])]
     return dict(nats=nats, distinct=len({*grams}) / max(1, len(grams)))
