@@ -1,19 +1,18 @@
 """The pictures of the READMEs.
 
-python scripts/figures.py                      draws assets/ from assets/figures.json: seconds
-python scripts/figures.py --measure [PART]     what that file lacks, or PART again: up to an hour
+python scripts/figures.py                      draws assets/ from the numbers there: seconds
+python scripts/figures.py --measure [PART]     what figures.json lacks, or PART again: two minutes
 python scripts/figures.py --measure --n 20 --dir /tmp/try    the same in small, elsewhere
 
-watch    what each step runs and decodes, no cache beside Decode and Greedy, one problem
+watch    what each step of five runs does with every position, one problem: watch.gif, map.png
 settle   how keys and values change around their token's decoding, and how cached ones drift
-length   bench.py --scale; measure it on an idle machine
-rivals   bench.py --rivals with --guider (guider), at most 100 problems; on an idle machine too
+The rest is written by bench.py --scale --json assets/length.json, on an idle machine, and by
+accuracy.py --json assets/league.json, for pareto.png.
 """
-import contextlib
-import io
 import json
 import os
 import sys
+import textwrap
 
 import numpy as np
 import torch
@@ -22,30 +21,29 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from dkv_min import KVCache, generate
-from scripts import bench
 from scripts.accuracy import load_problems, parser, settings
 from support.checkpoint import atomic_write, first_line
-from support.cli import ROOT, check_bounds, check_out, launch, pick_device
+from support.cli import ROOT, check_bounds, check_out, launch, load_guider, pick_device
 from support.evaluate import encode
 from support.watch import MARKS, marks_of
 
-PARTS = ("watch", "settle", "length", "rivals")
+PARTS = ("watch", "settle")
 BEFORE, AFTER = 8, 16  # steps around the decoding
 
-def measure_watch(model, tokenizer, ids):
+def measure_watch(model, tokenizer, ids, guider):
     """-> per run the marks of --watch, a string per step, and the texts of the final tokens."""
     ends, runs = (model.config.eos_id, model.config.eot_id), []
-    greedy = dict(cache="greedy", refresh=8, remasking=model.extra.get("known_order", "random"))
+    lengths = {name: model.extra[name] for name in ("gen_length", "block_length")}
     for name, how in (("No cache", dict(cache="none")),
                       ("Decode, refresh 8", dict(cache="decode", refresh=8)),
-                      ("Greedy, refresh 8, window 4", greedy)):
-        steps, g = [], torch.Generator().manual_seed(0)
-        r = generate(model, [ids], generator=g, **settings(model, how), on_step=lambda _, *what:
-                     steps.append([t[0].tolist() for t in what]))
-        rows = ["".join(marks_of(*step, model.config.mask_id)) for step in steps]
+                      ("local (ours)", dict(cache="local")), ("Fast-dLLM dual", dict(cache="dual")),
+                      ("Guided", dict(cache="guided", guider=guider, block_length=None))):
+        rows = []
+        r = generate(model, [ids], **lengths | how, on_step=lambda _, *step: rows.append(
+            "".join(marks_of(*(t[0].tolist() for t in step), model.config.mask_id))))
         texts = ["~" if t in ends else tokenizer.decode([t]) for t in r.tokens[0]]
-        runs.append(dict(name=name, rows=rows, texts=texts, run=r.positions_run[0],
-                         full=r.positions_full[0]))
+        also = f" (guider {n})" if (n := r.guider_positions[0]) else ""
+        runs.append(dict(name=name, rows=rows, texts=texts, run=r.positions_run[0], also=also))
     return dict(prompt_len=len(ids), runs=runs)
 
 def trace(model, ids, **how):
@@ -85,7 +83,7 @@ def drifting(model, ids, delay):
     """Decode, never refreshed -> similarity of cached K and V to a full forward's, (2, n_layer,
     steps, T); steps since they were computed, (steps, T), -1 for all but tokens decoded since
     everything ran; columns that count, (T,)"""
-    x, run, _, cached, fresh, counts = trace(model, ids, cache="decode", refresh=NEVER, delay=delay)
+    x, run, _, cached, fresh, counts = trace(model, ids, cache="decode", refresh=10**6, delay=delay)
     step, L = torch.arange(len(x)), model.extra["block_length"]
     age = step[:, None] - (step[:, None] * run).cummax(0).values
     token = x != model.config.mask_id
@@ -111,11 +109,6 @@ def measure_settle(model, prompts):
     return dict(prompts=len(prompts), **{
         name: means(*found) for name, *found in zip(("similar", "delay", "no delay"), parts, keys)})
 
-def measure_bench(*flags):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        bench.main([*flags])
-    return json.loads(out.getvalue().splitlines()[-1])
-
 def read_numbers(path):
     try:
         with open(path, encoding="utf-8") as f:
@@ -140,47 +133,41 @@ def measure(args):
     if (found := numbers.setdefault("about", about)) != about:
         raise ValueError(f"{path} has the numbers of {found['ckpt']} with --n {found['n']}: give "
                          "the same ones or another --dir, or delete it")
-    prompts = [encode([question], tokenizer, model.extra)
-               for question, _ in model.extra["problems"][:min(args.n, 50)]]
-    ways = dict(watch=(measure_watch, model, tokenizer, prompts[0]),
-                settle=(measure_settle, model, prompts),
-                length=(measure_bench, "--scale", "--device", args.device),
-                rivals=(measure_bench, "--rivals", "--device", args.device, "--ckpt", args.ckpt,
-                        "--guider", args.guider, "--n", str(min(args.n, 100))))
+    prompts = [encode([q], tokenizer, model.extra) for q, _ in model.extra["problems"][:50]]
+    ways = dict(settle=lambda: measure_settle(model, prompts), watch=lambda: measure_watch(
+        model, tokenizer, prompts[0], load_guider(args.guider, tokenizer, args.device, "auto")))
     for name in args.measure or [name for name in PARTS if name not in numbers]:
-        how, *given = ways[name]
-        numbers[name] = how(*given)
+        numbers[name] = ways[name]()
         write_numbers(path, numbers)
     print(f"{path}: {', '.join(name for name in PARTS if name in numbers)}")
     return 0
 
 # drawing. Okabe and Ito's colours, which colour-blind readers can tell apart; a grey print differs
 # by marker and line
-BLUE, SKY, ORANGE, RED, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73"
-GREY, BLACK, PURPLE = "#999999", "#000000", "#CC79A7"
+LINES = BLACK, BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY = (
+    "#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999")
 COLOURS = {"*": RED, "#": BLUE, "o": "#A6D3F2", ".": "#EFEFEF", "_": "#FBE3A8"}
 STYLE = {"figure.dpi": 150, "font.size": 10, "axes.titlesize": 10, "figure.titlesize": 9,
          "legend.fontsize": 9, "legend.frameon": False, "lines.linewidth": 1.3, "axes.grid": True,
          "lines.markersize": 4.5, "axes.spines.top": False, "axes.spines.right": False,
-         "grid.alpha": 0.3}
+         "grid.alpha": 0.3, "figure.constrained_layout.use": True}
 
 def draw_map(plt, watch):
-    fig, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True)
+    fig, axes = plt.subplots(2, 3, figsize=(9, 6.6))
     palette, marks = plt.matplotlib.colors.ListedColormap([*COLOURS.values()]), [*COLOURS]
-    for ax, run in zip(axes, watch["runs"][1:]):
-        ran, full = run["run"], run["full"]
+    for ax, run in zip(axes.flat, runs := watch["runs"]):
         cells = [[*map(marks.index, row)] for row in run["rows"]]
         ax.imshow(cells, cmap=palette, vmin=0, vmax=4, aspect="auto", interpolation="nearest",
                   extent=(0, len(cells[0]), len(cells) + 0.5, 0.5))
         ax.axvline(watch["prompt_len"], color=BLACK, lw=1)
         ax.grid(False)
-        ax.set(xlabel="position (prompt | answer)", title=f"{run['name']}: {ran:,} positions run,\n"
-               f"{full / ran:.2f} times fewer than the {full:,} without a cache")
-    axes[0].set_ylabel("step")
+        ax.locator_params("y", integer=True)
+        ax.set(xlabel="position (prompt | answer)", ylabel="step", title=f"{run['name']}\n"
+               f"{run['run']:,} run{run['also']}, {runs[0]['run'] / run['run']:.2f}x fewer")
+    axes[1, 2].axis("off")
     for mark, colour in COLOURS.items():
-        axes[0].fill([], [], facecolor=colour, edgecolor=GREY, lw=0.5, label=MARKS[mark][0])
-    fig.legend(loc="lower center", ncol=5)
-    fig.tight_layout(rect=(0, 0.06, 1, 1))
+        axes[1, 2].fill([], [], facecolor=colour, edgecolor=GREY, lw=0.5, label=MARKS[mark][0])
+    axes[1, 2].legend(loc="center", fontsize=10, labelspacing=1)
     return fig
 
 def draw_settle(plt, part):
@@ -203,38 +190,55 @@ def draw_settle(plt, part):
     top.annotate("first step with the\ntoken as input", (1, similar[0][0][BEFORE + 1]), (4, 0.5),
                  fontsize=9, va="center", arrowprops=dict(arrowstyle="->", color=GREY))
     top.legend(loc="lower left")
-    lines = [plt.Line2D([], [], color=BLACK, ls=ls) for ls in "-:"]
-    cached.legend(lines, ["with the delay", "without: a mask's are kept"], loc="center left",
-                  bbox_to_anchor=(0.05, 0.55))
+    cached.legend([plt.Line2D([], [], color=BLACK, ls=ls) for ls in "-:"],
+                  ["with the delay", "without: a mask's are kept"], loc=(0.05, 0.47))
     fig.suptitle(f"means over the tokens of {part['prompts']} answers, without end-of-text padding")
-    fig.tight_layout()
     return fig
 
-def draw_rivals(plt, part):
-    fig, axes = plt.subplots(1, 2, figsize=(9, 4.8), sharey=True, layout="constrained")
-    colours = dict(AR=RED, none=BLACK, decode=BLUE, greedy=SKY, local=GREEN, dual=GREY,
-                   freecache=ORANGE, guided=PURPLE, self=PURPLE)
-    for ax, B in zip(axes, (1, 4)):
-        line, *rows = (row for row in part["runs"] if row["batch"] == B)
-        ax.axvline(line["tokens_per_s"], color=RED, ls="--", label=f"{line['run']}: to be crossed")
-        for row, marker in zip(rows, "sXPoD^v<>phdH8os*D^"):
-            colour = colours[row["run"].split()[0].strip(",")]
-            ax.plot(row["tokens_per_s"], 100 * row["exact"], marker, ms=7, color=colour,
-                    label=row["run"], clip_on=False)
-        # shares of which losses are seen best close to 100
-        ax.set_yscale("function", functions=(
-            lambda y: -np.log10(np.maximum(101 - y, 1e-9)), lambda v: 101 - 10**-v))
-        ax.set(xlabel="tokens per second", title=f"batch {B}", xscale="log", ylim=(-15, 100.2),
-               yticks=[0, 50, 80, 90, 95, 98, 99, 100])
-        plain_ticks(plt, ax.xaxis)
-    axes[0].set_ylabel("answers right (%), stretched")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
-    fig.suptitle(conditions(part, "model", "device", "threads", "dtype", "n"))
-    return fig
+FAMILIES = ("none", "decode greedy prefill pd", "freecache", "local", "autoregressive",
+            "prefix dual", "guided", "window entropy")  # each has its colour of LINES
 
-def conditions(part, *names):
-    how = part["conditions"]
-    return ", ".join(f"{name} {how[name]}" for name in names if name in how)
+def draw_pareto(plt, league):
+    fig, ax = plt.subplots(figsize=(9, 6))
+    rules = dict(zip(dict.fromkeys(row["rule"] for row in league["runs"]), "XosD^vP<"))
+    colours, front = {}, []  # front: the runs that are right more often than all faster ones
+    for caches, colour in zip(FAMILIES, LINES):
+        ax.plot([], [], "s", ms=8, color=colour, label=caches.replace(" ", ", "))
+        colours |= dict.fromkeys(caches.split(), colour)
+    for rule, marker in rules.items():
+        ax.plot([], [], marker, ms=8, color=GREY, label=rule)
+    ax.plot([], [], "o", ms=8, color=BLACK, mfc="white", label="hollow: no delay")
+    for row in sorted(league["runs"], key=lambda row: -row["tokens/s"]):
+        x, name, (y, *_) = row["tokens/s"], row["cache"], row.get("exact", [None])
+        colour = colours[name.split(",")[0]]
+        if y is None:  # autoregressive, of the same size: the line to cross
+            ax.axvline(x, color=colour, ls="--")
+            ax.text(x * 1.03, 15, f"{name}:\n{x:,.0f} tokens/s", color=colour, fontsize=9)
+            continue
+        late = name == "freecache" or "no delay" in name or "(0, " in name
+        ax.plot(x, y, rules[row["rule"]], ms=8, color=colour, clip_on=False, mew=0.8,
+                mec=colour if late else "white", mfc="white" if late else colour)
+        if not front or y > front[-1][1]:
+            front.append((x, y, f"{name}\n{row['rule']}: {y:.1f}%, {x:,.0f}/s"))
+    for i, (*point, text) in enumerate(front):
+        ax.annotate(text, point, (1.03, (i + 0.5) / len(front)), textcoords="axes fraction",
+                    va="center", fontsize=9,
+                    arrowprops=dict(arrowstyle="-", color=GREY, lw=0.7, shrinkB=4, relpos=(0, 0.5)))
+    ax.plot(*[*zip(*front)][:2], color=BLACK, lw=1, label="frontier", zorder=1)
+    # shares of which losses are seen best close to 100
+    ax.set_yscale("function", functions=(
+        lambda y: -np.log10(np.maximum(101 - y, 1e-9)), lambda v: 101 - 10**-v))
+    ax.set(xlabel="tokens per second", ylabel="answers right (%), stretched", xscale="log",
+           ylim=(-15, 100.2), yticks=[0, 50, 80, 90, 95, 98, 99, 100])
+    plain_ticks(plt, ax.xaxis)
+    return explained(fig, league)
+
+def explained(fig, part):
+    fig.legend(loc="outside lower center", ncol=5)
+    names = "model", "device", "threads", "dtype", "n", "batch", "batch_size"
+    fig.suptitle(", ".join(f"{name.replace('_', ' ')} {part['conditions'][name]}"
+                           for name in names if name in part["conditions"]))
+    return fig
 
 def plain_ticks(plt, axis):
     axis.set_major_locator(plt.LogLocator(subs=(1, 2, 3, 5)))
@@ -242,76 +246,70 @@ def plain_ticks(plt, axis):
     axis.set_minor_formatter(plt.NullFormatter())
 
 def draw_length(plt, length):
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4.8), layout="constrained")
-    colours = BLACK, BLUE, ORANGE, GREEN, RED, SKY
-    names = dict.fromkeys(row["run"] for row in length["runs"])
-    for run, colour, marker in zip(names, colours, "soD^v*"):
-        rows = [row for row in length["runs"] if row["run"] == run]
-        columns = {key: [row[key] for row in rows] for key in rows[0]}
-        x = columns["total_length"]
-        left.plot(x, columns["predicted"], color=colour, ls="--")
-        left.plot(x, columns["gain"], color=colour, marker=marker, label=run)
-        right.plot(x, columns["seconds"], color=colour, marker=marker)
-    left.plot([], [], color=GREY, ls="--", label="predicted by arithmetic")
-    for ax, label in (left, "gain: times faster than no cache"), (right, "seconds for an answer"):
-        ax.set(xscale="log", yscale="log", xlabel="total length (tokens; a quarter prompt)",
-               ylabel=label)
-        ax.set_xticks(x, map(str, x))
-        plain_ticks(plt, ax.yaxis)
-        ax.xaxis.minorticks_off()
-    fig.legend(loc="outside lower center", ncol=3)
-    fig.suptitle(conditions(length, "model", "device", "threads", "dtype", "batch"))
-    return fig
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 6), sharex=True)
+    ends = {row["run"]: row["gain"] for row in length["runs"]}  # at the greatest length
+    for i, run in enumerate(sorted(ends, key=ends.get, reverse=True)):  # the legend in their order
+        x, gain, predicted = np.array([[row["total_length"], row["gain"], row["predicted"]]
+                                       for row in length["runs"] if row["run"] == run]).T
+        for ax, y in (left, gain), (right, gain / predicted):
+            ax.plot(x, y, label=run * (ax is left), color=LINES[i % 8], ls="--" if i > 7 else "-",
+                    marker="osD^vPX*<>phdH8"[i % 15], mfc="white" if i > 7 else None)
+            ax.set_xlabel("total length (tokens; a quarter prompt)")
+    left.set(xscale="log", yscale="log", ylabel="gain: times faster than no cache")
+    left.set_xticks(x, map("{:.0f}".format, x))
+    left.xaxis.minorticks_off()
+    plain_ticks(plt, left.yaxis)
+    right.set(ylim=(0, None), ylabel="gain / gain predicted by arithmetic")
+    return explained(fig, length)
 
 # the moving picture. In pixels: twice the size on the page, for sharp displays
-WIDTH, MARGIN, TOP, LINE, CELL = 1720, 28, 70, 46, 36
-
-def layout(texts, prompt_len, advance, width):
-    """Where each token's cell begins, [(x, y)]. A mask's is as wide as its token to come."""
-    places, x, y = [], 0, TOP
-    for i, text in enumerate(texts):
-        if i == prompt_len or x + len(text) * advance > width:
-            x, y = 0, y + LINE + (MARGIN if i == prompt_len else 0)
-        places.append((x, y))
-        x += len(text) * advance
-    return places
+WIDTH, MARGIN, BAR, LINE, CELL, STRIP = 1720, 28, 400, 44, 38, 16
 
 def draw_watch(plt, watch):
+    """-> frames. A run is a strip, its prompt, above the text of its answer."""
     from PIL import Image, ImageDraw, ImageFont
     folder = os.path.join(plt.matplotlib.get_data_path(), "fonts", "ttf")
-    mono, bold, sans = (ImageFont.truetype(os.path.join(folder, f"DejaVuSans{name}.ttf"), size)
-                        for name, size in (("Mono", 24), ("-Bold", 30), ("", 26)))
-    runs, advance, frames = watch["runs"], mono.getlength("m"), []
-    panel = (WIDTH - MARGIN) // len(runs) - MARGIN
-    texts = [[text.replace("\n", "\u21b5") for text in run["texts"]] for run in runs]
-    places = [layout(words, watch["prompt_len"], advance, panel) for words in texts]
-    bottom = max(y for cells in places for _, y in cells) + LINE + MARGIN
-    for step in range(len(runs[0]["rows"])):
-        image = Image.new("RGB", (WIDTH, bottom + 150), "white")
+    runs, P, room, frames = watch["runs"], watch["prompt_len"], WIDTH - 2 * MARGIN, []
+    answers = [[text.replace("\n", "\u21b5") for text in run["texts"][P:]] for run in runs]
+    columns, ends = max(len("".join(a)) for a in answers), [len(run["rows"]) for run in runs]
+    mono, bold, sans = (ImageFont.truetype(os.path.join(folder, f"DejaVuSans{name}.ttf"), size) for
+                        name, size in (("Mono", room / columns / 0.602), ("-Bold", 28), ("", 26)))
+    prompt = textwrap.wrap(f"Prompt (the strips): {''.join(runs[0]['texts'][:P])}", columns)
+    top, panel, full = 2 * MARGIN + LINE * len(prompt), 3 * LINE + STRIP, runs[0]["run"]
+
+    def cells(y, texts, marks, advance=room / columns, height=CELL):
+        x = MARGIN
+        for text, mark in zip(texts, marks):
+            left, x = x, x + len(text) * advance
+            draw.rectangle((left + 1, y, x - 1, y + height), COLOURS.get(mark, "white"))
+            draw.text((left, y + 4), text, "white" if mark in "*#" else BLACK, mono)
+
+    for step in range(max(ends) + 1):
+        image = Image.new("RGB", (WIDTH, top + len(runs) * panel + CELL + MARGIN), "white")
         draw = ImageDraw.Draw(image)
-        for p, run in enumerate(runs):
-            left = MARGIN + p * (panel + MARGIN)
-            draw.text((left, 14), run["name"], BLACK, bold)
-            for text, (x, y), mark in zip(texts[p], places[p], run["rows"][step]):
-                x += left
-                draw.rectangle((x + 1, y, x + len(text) * advance - 2, y + CELL), COLOURS[mark])
-                if mark not in "o_":
-                    draw.text((x, y + 3), text, "white" if mark in "*#" else BLACK, mono)
+        draw.text((MARGIN, MARGIN), "\n".join(prompt), BLACK, mono, spacing=14)
+        for y, run, answer, end in zip(range(top, image.height, panel), runs, answers, ends):
+            done = step >= end
+            marks = " " * len(run["texts"]) if done else run["rows"][step]
             ran = sum(mark in "*#o" for row in run["rows"][:step + 1] for mark in row)
-            for share, colour in ((1, COLOURS["."]), (ran / run["full"], BLUE)):
-                draw.rectangle((left, bottom, left + share * (panel - 1), bottom + 20), colour)
-            draw.text((left, bottom + 30), f"positions run {ran:,} of {run['full']:,}", BLACK, sans)
-        x, y = MARGIN, bottom + 100
-        for mark, colour in COLOURS.items():
-            draw.rectangle((x, y, x + 30, y + 30), colour, GREY)
-            draw.text((x + 42, y), MARKS[mark][0], BLACK, sans)
-            x += 100 + sans.getlength(MARKS[mark][0])
+            when = f"done in {end} steps" if done else f"step {step + 1}"
+            when += f": {ran:,}{run['also'] * done} of {full:,} positions run"
+            draw.text((MARGIN, y - 2), run["name"], BLACK, bold)
+            draw.text((2 * BAR, y), when, BLUE if done else BLACK, sans)
+            for share, colour in ((1, COLOURS["."]), (ran / full, BLUE)):
+                draw.rectangle((BAR, y + 4, BAR + (BAR - MARGIN) * share, y + 26), colour)
+            cells(y + LINE, " " * P, marks, room / P, STRIP)
+            cells(y + LINE + STRIP + 4, [" " * len(text) if mark in "o_" else text
+                                         for text, mark in zip(answer, marks[P:])], marks[P:])
+        cells(image.height - MARGIN - CELL, [f" {MARKS[mark][0]} " for mark in COLOURS], COLOURS)
         frames.append(image)
     return frames
 
 PICTURES = {"map.png": (draw_map, "watch"), "settle.png": (draw_settle, "settle"),
-            "length.png": (draw_length, "length"), "rivals.png": (draw_rivals, "rivals"),
+            "length.png": (draw_length, "length"), "pareto.png": (draw_pareto, "league"),
             "watch.gif": (draw_watch, "watch")}
+ELSEWHERE = dict(length="bench.py --scale --json length.json",
+                 league="accuracy.py --json league.json")
 
 def draw(args):
     path = os.path.join(args.dir, "figures.json")
@@ -325,18 +323,19 @@ def draw(args):
         raise ValueError("drawing needs matplotlib: install requirements-figures.txt") from None
     plt.switch_backend("Agg")
     plt.rcParams.update(STYLE)
+    numbers |= {part: read_numbers(os.path.join(args.dir, f"{part}.json")) for part in ELSEWHERE}
     for name, (how, part) in PICTURES.items():
         path = os.path.join(args.dir, name)
-        if part not in numbers:
-            print(f"{path}: not drawn, because it needs --measure {part}")
+        if not numbers.get(part):
+            print(f"{path}: not drawn, because it needs {ELSEWHERE.get(part, '--measure ' + part)}")
             continue
         fig = how(plt, numbers[part])
         if name.endswith(".gif"):
             # one palette for all, so that a frame is stored as what has changed
-            palette = fig[len(fig) // 3].quantize(32, Image.Quantize.MAXCOVERAGE, kmeans=3)
-            image, *rest = (image.quantize(palette=palette, dither=0) for image in fig)
+            palette = fig[2].quantize(32, Image.Quantize.MAXCOVERAGE, kmeans=3)
+            image, *rest = (frame.quantize(palette=palette, dither=0) for frame in fig)
             more = dict(format="gif", save_all=True, append_images=rest, loop=0,
-                        duration=[1000] + [125] * (len(rest) - 1) + [4000])
+                        duration=[900] * 4 + [120] * (len(rest) - 4) + [5000])
         else:
             fig.canvas.draw()
             image = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB")
@@ -350,7 +349,7 @@ def draw(args):
 def main(argv=None):
     p = parser(__doc__, 500)
     p.add_argument("--measure", nargs="*", choices=PARTS, help="(all that are lacking)")
-    p.add_argument("--guider", default="guider", help="of rivals (guider)")
+    p.add_argument("--guider", default="guider", help="of the guided run (guider)")
     p.add_argument("--dir", default=os.path.join(ROOT, "assets"), help="of figures.json (assets)")
     args = p.parse_args(argv)
     check_bounds(args, n=1)
