@@ -7,7 +7,7 @@ of all positions in buffers indexed by position, and at each step run only some 
 write their K/V and attend to the whole buffer. A cache is a choice of which positions run.
 
     generate_none    all positions, every step
-    generate_decode  the masks, and the tokens revealed one step ago          (dKV-Cache-Decode)
+    generate_decode  all masks, and the tokens revealed one step ago          (dKV-Cache-Decode)
     generate_greedy  the tokens revealed now, those revealed one step ago,
                      and a few masks around them                              (dKV-Cache-Greedy)
 
@@ -87,7 +87,7 @@ class Batch:
     schedule: list | None       # for each block [(c, k)] of its steps; None: known step by step
     threshold: float | None     # reveal what is as probable as this, instead of the schedule
     config: object              # the model's
-    un: bool                    # see place
+    un: bool                    # shifted logits, in decode, pd, autoregressive: see place
     order: torch.Tensor | None  # (B, gen_length) columns in reveal order; None: by confidence
     noise: torch.Tensor | None  # (B, steps, L) uniform draws; None at temperature 0
     pad: torch.Tensor | None    # (B,) left padding of each row; None if there is none
@@ -140,7 +140,7 @@ def generate_decode(model, s, refresh=8, delay=True):
         for i, c, k in steps(s, lo):
             cand = candidates(s, lo, c, k)
             # ------------------------------------------------- which positions run
-            if i < 2 or i % refresh == 0:  # all. At i = 1 too: the authors keep nothing of i = 0
+            if i < 2 or i % refresh == 0:  # all. i = 1 too: the authors' code keeps nothing of 0
                 pos, rows = (lo, cand - lo) if s.config.shift and i % refresh else (None, cand)
             else:  # the masks, and what was revealed one step ago
                 masks = first_masks(s, lo, s.T - lo - c)
@@ -254,7 +254,7 @@ def forward(model, s, pos, rows, cache, seen=None):
         pos, rows, pad, seen = (t if t is None else torch.cat([t, t])
                                 for t in (pos, rows, pad, seen))
     logits = model(x, pos, cache, rows, pad, seen)
-    # rows of the head without a token are never emitted, nor is the mask
+    # rows of the head that pad the vocabulary are never emitted, nor is the mask
     logits = logits[..., :s.config.n_vocab]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if s.cfg_scale:

@@ -92,7 +92,8 @@ def runs(model, rules=tuple(RULES), names=None, guider=True, **shared):
     for rule in rules:
         base = None if rule in RIVALS else len(found)
         hows = [dict(cache=rule, **own) for own in RIVALS.get(rule, ())
-                if not model.config.causal and (guider or "guider" not in own.values())]
+                if not model.config.causal and (guider or "guider" not in own.values())
+                and not (rule == "guided" and shared)]  # it takes no temperature
         known = USUAL.get(rule, CACHES) if names is None else names
         for cache in () if rule in RIVALS else ("none", *(c for c in CACHES[1:] if c in known)):
             more = dict(freecache=[dict(delay=True)])
@@ -210,8 +211,8 @@ FORMS = {"rule": "{}", "cache": "{}", "run": "{}", "answered": "{:,} of {:,}",
          "exact": "{:.1f}% [{:.1f}, {:.1f}]", "against none": "{:+.1f} [{:+.1f}, {:+.1f}]",
          "nats per byte": "{:.3f} [{:.3f}, {:.3f}]",
          "nats against none": "{:+.3f} [{:+.3f}, {:+.3f}]", "distinct 4-grams": "{:.1%}",
-         "fewer positions": "{:.2f}x", "forwards": "{:.1f}",
-         "same tokens": "{:.1%}", "tokens/s": "{:,.0f}", "times AR": "{:.2f}"}
+         "fewer positions": "{:.2f}x", "forwards": "{:.1f}", "same tokens": "{:.1%}",
+         "tokens/s": "{:,.0f}", "times AR": "{:.2f}"}
 
 def print_table(rows):
     """rows: {column: value, or a tuple of them}. Columns without a value are left out."""
@@ -409,7 +410,8 @@ def main(argv=None):
     p.add_argument("--pattern", default=HASHES, metavar="REGEX",
                    help="the result is the last match's last group ('#### RESULT')")
     args = p.parse_args(argv)
-    check_bounds(args, n=2 if args.judge else 1, batch_size=1, workers=1, threads=1, few_shot=0)
+    check_bounds(args, n=2 if args.judge else 1, batch_size=1, workers=1, threads=1, few_shot=0,
+                 temperature=(0, 1e6))
     for flag in "log", "json", "prompts":
         if getattr(args, flag) is not None:
             check_out(getattr(args, flag), f"--{flag}")

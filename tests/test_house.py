@@ -20,7 +20,8 @@ CACHES = {"caches"} | {name for name in PRODUCT if name.startswith("caches.")}
 SUPPORT = {name for name in PRODUCT if name.startswith("support.")}
 # what a README may name that is not in the repository: what commands write, and others' files
 OUTPUTS = {"my.pt", "my.txt", "toy.pt", "checkpoints/llada.pt", "answers.jsonl", "questions.txt",
-           "config.json", "tokenizer.json", "tokenizer_config.json", "generate.py"}
+           "config.json", "tokenizer.json", "tokenizer_config.json", "generate.py", "twin.pt",
+           "gsm8k.jsonl", "train.jsonl", "prompts.jsonl", "problems.json"}
 
 def imported(nodes):
     """The modules of ours that these nodes import."""
