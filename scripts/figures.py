@@ -213,7 +213,7 @@ def draw_pareto(plt, league):
         colour = colours[name.split(",")[0]]
         if y is None:  # autoregressive, of the same size: the line to cross
             ax.axvline(x, color=colour, ls="--")
-            ax.text(x * 1.03, 15, f"{name}:\n{x:,.0f} tokens/s", color=colour, fontsize=9)
+            ax.text(x * 1.03, 70, f"{name}:\n{x:,.0f} tokens/s", color=colour, fontsize=9)
             continue
         late = name == "freecache" or "no delay" in name or "(0, " in name
         ax.plot(x, y, rules[row["rule"]], ms=8, color=colour, clip_on=False, mew=0.8,

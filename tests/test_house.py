@@ -46,8 +46,8 @@ def test_who_imports_whom(name):
 
 def test_sizes():
     lines = {name: text.splitlines() for name, text in SOURCES.items()}
-    sizes = [("lines in all", sum(map(len, lines.values())), 9500),
-             ("lines in tests/", sum(len(lines[n]) for n in lines if n.startswith("tests/")), 3965),
+    sizes = [("lines in all", sum(map(len, lines.values())), 9820),
+             ("lines in tests/", sum(len(lines[n]) for n in lines if n.startswith("tests/")), 3990),
              ("bytes of README.md", (ROOT / "README.md").stat().st_size, 14 * 1024)]
     sizes += [(f"line {i} of {n}", len(x), 100) for n in lines for i, x in enumerate(lines[n], 1)]
     for name, most in BUDGETS.items():

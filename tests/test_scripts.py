@@ -153,8 +153,8 @@ def test_a_text_and_its_judge(tmp_path, guider):
         nats, grams = [], []
         for (prompt, _), written in zip(problems, found):
             given, new = tokenizer.encode(prompt), tokenizer.encode(written)
-            logp = guider(torch.tensor([given + new])).log_softmax(-1)[0, len(given) - 1:-1]
-            nats.append(-logp.gather(1, torch.tensor(new)[:, None]).sum().item())
+            logits = guider(torch.tensor([given + new]))[0, len(given) - 1:-1, :257]  # no mask
+            nats.append(-logits.log_softmax(-1)[range(len(new)), new].sum().item())
             nats[-1] /= len(written.encode())
             grams += [tuple(new[i:i + 4]) for i in range(len(new) - 3)]
         assert row[2].startswith(f"{sum(nats) / 3:.3f} [")
