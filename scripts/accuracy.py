@@ -415,8 +415,9 @@ def main(argv=None):
     for flag in "log", "json", "prompts":
         if getattr(args, flag) is not None:
             check_out(getattr(args, flag), f"--{flag}")
-    if (args.judge or args.prompts or args.answers) and not args.data:
-        raise ValueError("--judge, --prompts and --answers need --data FILE: give it too")
+    ours = args.judge, args.prompts, args.answers, args.shots, args.few_shot
+    if any(ours) and not args.data:
+        raise ValueError("--judge, --prompts, --answers, --shots and --few-shot need --data FILE")
     if args.data and [args.judge, args.prompts, args.answers].count(None) != 2:
         raise ValueError("--data needs one of --judge, --prompts and --answers: give one")
     if not args.data or args.judge:
